@@ -1,0 +1,67 @@
+"""DEFT and Cayley-Trans (arXiv 2602.11424) for fine-tuning language models.
+
+deft_plugin.register()                          # TRL: SFTConfig(loss_type="deft")
+from deft_plugin.trl import SFTConfig, SFTTrainer    # the same without touching TRL's classes
+
+add_gated_head(model, "deft")                   # any Hugging Face causal LM
+linear_gated_loss(hidden, weight, targets)      # the loss itself, without logits
+gated_loss(logits, targets)                     # the loss of logits you have
+"""
+
+from typing import Any
+
+from .objectives import (
+    FocusObjective,
+    Objective,
+    TokenStatistics,
+    WeightedObjective,
+    build_objective,
+    deformed_log_loss,
+    objective,
+    objective_names,
+    register_objective,
+)
+from .ops import GatedLoss, gated_loss, linear_gated_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FocusObjective",
+    "GatedCausalLMOutput",
+    "GatedHead",
+    "GatedLoss",
+    "LogitsLoss",
+    "Objective",
+    "TokenStatistics",
+    "WeightedObjective",
+    "add_gated_head",
+    "build_objective",
+    "deformed_log_loss",
+    "gated_head_of",
+    "gated_loss",
+    "linear_gated_loss",
+    "objective",
+    "objective_names",
+    "register",
+    "register_objective",
+    "unregister",
+]
+
+# Imported on first use: the objectives and the core need torch alone.
+_LAZY = {
+    "GatedCausalLMOutput": "head",
+    "GatedHead": "head",
+    "add_gated_head": "head",
+    "gated_head_of": "head",
+    "LogitsLoss": "transformers",
+    "register": "trl",
+    "unregister": "trl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,95 @@
+"""What the gates did: token-weighted means over a logging window and all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .ops import GatedLoss
+
+CLOSED_GATE = 0.1
+METRICS = {
+    "objective_loss": "mean of the objective",
+    "nll": "mean negative log-likelihood, in nats",
+    "perplexity": "exp(nll)",
+    "entropy": "mean Shannon entropy of the model's distribution, in nats",
+    "mean_token_accuracy": "share of tokens whose target has the largest logit",
+    "mean_target_probability": "mean p of the target",
+    "mean_focus": "mean exponent a (objectives of the deformed-log family)",
+    "mean_gate": "mean factor on a token's gradient",
+    "closed_gate_share": f"share of tokens with a gate below {CLOSED_GATE}",
+}
+
+
+class TokenMetrics:
+    """Sums over tokens since the last `reset`. Adding a micro-batch does not synchronise the device."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._has_focus = True
+        self._has_entropy = True
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self._sums = None
+
+    def add(self, gated: GatedLoss) -> None:
+        """Add the tokens of one forward pass."""
+        # No float64 on Apple's GPUs. float32 sums of sums over a window are good to six digits.
+        dtype = torch.float32 if gated.log_p.device.type == "mps" else torch.float64
+        self._has_focus = gated.focus is not None
+        self._has_entropy = gated.entropy is not None
+        mask = gated.mask
+        absent = gated.log_p.new_zeros(())
+        sums = torch.stack(
+            [
+                value.detach().sum(dtype=dtype)
+                for value in (
+                    mask,
+                    gated.token_loss,
+                    -gated.log_p,
+                    absent if gated.entropy is None else gated.entropy,
+                    gated.is_top1,
+                    gated.log_p.exp() * mask,
+                    absent if gated.focus is None else gated.focus,
+                    gated.gate,
+                    (gated.gate < CLOSED_GATE) & mask,
+                )
+            ]
+        )
+        self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
+
+    def means(self, device: torch.device | str = "cpu") -> dict[str, float]:
+        """Means over the window on all ranks, by the names in `METRICS`; {} without any token.
+
+        Collective when torch.distributed is initialised: every rank has to call it.
+        """
+        sums = torch.zeros(9, dtype=torch.float64) if self._sums is None else self._sums
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = sums.to(device)
+            torch.distributed.all_reduce(sums)
+        count, *totals = sums.tolist()
+        if not count:
+            return {}
+        loss, nll, entropy, top1, probability, focus, gate, closed = (
+            total / count for total in totals
+        )
+        means = {
+            "objective_loss": loss,
+            "nll": nll,
+            # exp overflows a float at 709.8; a perplexity that large is infinite to any reader.
+            "perplexity": math.exp(nll) if nll < 700 else nll if math.isnan(nll) else math.inf,
+            "entropy": entropy,
+            "mean_token_accuracy": top1,
+            "mean_target_probability": probability,
+            "mean_focus": focus,
+            "mean_gate": gate,
+            "closed_gate_share": closed,
+        }
+        if not self._has_focus:
+            del means["mean_focus"]
+        if not self._has_entropy:
+            del means["entropy"]
+        return means

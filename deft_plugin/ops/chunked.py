@@ -1,0 +1,284 @@
+"""The fused core in plain PyTorch: losses of hidden @ weight.T with no [N, V] tensor, on any device.
+
+A gate never touches the vocabulary. One tile of logits at a time becomes the error p - e_y; the tile is
+multiplied at once into the gradients, and the gate is a row scale applied outside. So gradients are formed
+in the forward pass, with one matrix product for the logits, one for the hidden states' gradient and,
+for a trainable head, one for the weight's:
+
+    d hidden = gate * (error @ weight)            the gate may come after the whole batch
+    d weight = error.T @ (gate * hidden)          the gate must come first
+
+Only for a trainable head under an objective whose gate depends on the whole batch is there a separate pass
+for the statistics, a fourth product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..objectives import Objective, TokenStatistics
+from .projection import LogitsTransform
+from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
+
+# A tile of this many bytes stays near the last-level cache of a CPU and keeps an accelerator busy.
+DEFAULT_TILE_BYTES = {"cpu": 24 * 2**20}
+DEFAULT_TILE_BYTES_ELSEWHERE = 256 * 2**20
+SMALLEST_DEFAULT_TILE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Head:
+    """The constant half of a call: everything but the tensors that have gradients.
+
+    Args:
+        objective, transform, request: what to compute.
+        targets: (n,) int64.
+        rows: (n,) int64 rows of `hidden` that the targets belong to; None for all of them.
+        product_dtype: dtype of the matrix products (the autocast dtype under autocast).
+        tile_rows: number of tokens per tile.
+    """
+
+    objective: Objective
+    transform: LogitsTransform
+    request: StatisticsRequest
+    targets: Tensor
+    rows: Tensor | None
+    product_dtype: torch.dtype
+    tile_rows: int
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor | slice]]:
+        """(positions among the valid tokens, rows of `hidden`) of each tile; one, if empty, at least."""
+        count = self.targets.numel()
+        for start in range(0, max(count, 1), self.tile_rows):
+            positions = slice(start, min(start + self.tile_rows, count))
+            yield positions, positions if self.rows is None else self.rows[positions]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One tile after folding; the next one overwrites its error.
+
+    Args:
+        positions: where its tokens are among the valid ones.
+        rows: which rows of `hidden` they are.
+        error: (n, V), p - e_y.
+        softcap_derivative: (n, V), or None where it is 1.
+        statistics: of its n tokens.
+    """
+
+    positions: slice
+    rows: Tensor | slice
+    error: Tensor
+    softcap_derivative: Tensor | None
+    statistics: TokenStatistics
+
+
+def default_tile_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens per tile such that the tile's logits fit the device's default buffer."""
+    tile_bytes = DEFAULT_TILE_BYTES.get(device.type, DEFAULT_TILE_BYTES_ELSEWHERE)
+    row_bytes = max(vocab_size, 1) * statistics_dtype(dtype).itemsize
+    return max(tile_bytes // row_bytes, SMALLEST_DEFAULT_TILE_ROWS)
+
+
+def chunked_token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
+) -> tuple[Tensor, Tensor, TokenStatistics, Tensor]:
+    """Sum of losses (), losses (n,), statistics and gates (n,) of the valid tokens.
+
+    The sum and the losses are differentiable in hidden, weight and bias. Backward through the sum only
+    scales the gradients that exist; so does backward through the losses where the head is frozen or
+    all upstream gradients are equal. Otherwise the weight's gradient is formed again.
+
+    Args:
+        hidden: (N, H). weight: (V, H). bias: (V,) or None. Any floating dtype.
+        head: the rest of the call.
+    """
+    wanted = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    ]
+    total, losses, gate, *values = _ChunkedTokenLoss.apply(hidden, weight, bias, head, wanted)
+    return total, losses, TokenStatistics(values[0], weight.size(0), *values[1:]), gate
+
+
+class _ChunkedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        wanted: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        with torch.autocast(hidden.device.type, enabled=False):
+            product_weight = weight.to(head.product_dtype)
+            gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
+            gate_first = gradients.need_gate and head.objective.couples_tokens
+            collected = []
+            for tile in _folded_tiles(hidden, product_weight, bias, head):
+                collected.append(tile.statistics)
+                if gradients.wanted and not gate_first:
+                    need_gate = gradients.need_gate
+                    gradients.add(tile, head.objective.gate(tile.statistics) if need_gate else None)
+            del tile
+            statistics = concatenate(collected)
+            losses = head.objective.loss(statistics.log_p, statistics)
+            gate = head.objective.gate(statistics)
+            if gate_first:
+                for tile in _folded_tiles(hidden, product_weight, bias, head):
+                    gradients.add(tile, gate[tile.positions])
+        inputs = (hidden, weight, bias) if gradients.need_gate else (None, None, None)
+        ctx.save_for_backward(gate, gradients.hidden, gradients.weight, gradients.bias, *inputs)
+        ctx.head, ctx.wanted = head, wanted
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        values = [
+            statistics.__dict__[name]
+            for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
+        ]
+        ctx.mark_non_differentiable(gate, *(value for value in values if value is not None))
+        return losses.sum(), losses, gate, *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, total_gradient: Tensor | None, loss_gradients: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        gate, hidden_gradient, weight_gradient, bias_gradient, *inputs = ctx.saved_tensors
+        head: Head = ctx.head
+        if total_gradient is None and loss_gradients is None:
+            return None, None, None, None, None
+        # One number when every token has the same upstream gradient, else one per token.
+        upstream = total_gradient
+        if loss_gradients is not None:
+            upstream = loss_gradients if upstream is None else loss_gradients + upstream
+            assert upstream is not None
+            if inputs[0] is not None:
+                if upstream.numel() and bool((upstream == upstream[0]).all()):
+                    upstream = upstream[0]
+                elif upstream.numel():
+                    weight_gradient, bias_gradient = _weighted_again(
+                        inputs, head, ctx.wanted, gate * upstream
+                    )
+        assert upstream is not None
+        # Scaling in place saves a copy of every gradient, but a retained graph may come here again.
+        in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+
+        def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+            if gradient is None:
+                return None
+            return (gradient.mul_(scale) if in_place else gradient * scale).to(dtype)
+
+        row_scale = (gate * upstream).unsqueeze(1)
+        if hidden_gradient is not None and head.rows is not None:
+            full = row_scale.new_zeros(hidden_gradient.size(0), 1)
+            row_scale = full.index_copy(0, head.rows, row_scale)
+        if upstream.dim() == 1:
+            # Formed again above with the per-token gradients in it.
+            upstream = upstream.new_ones(())
+        return (
+            scaled(hidden_gradient, row_scale, ctx.dtypes[0]),
+            scaled(weight_gradient, upstream, ctx.dtypes[1]),
+            scaled(bias_gradient, upstream, ctx.dtypes[2]),
+            None,
+            None,
+        )
+
+
+class _Gradients:
+    """Buffers that the tiles' errors are multiplied into; None where no gradient is wanted.
+
+    hidden: (N, H) in the hidden states' dtype, without the gate; weight (V, H) and bias (V,) in
+    float32 or float64, with it.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product_weight: Tensor,
+        head: Head,
+        wanted: list[bool],
+    ) -> None:
+        self.head = head
+        self.hidden_states = hidden
+        self.product_weight = product_weight
+        accumulator = statistics_dtype(head.product_dtype)
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+        self.bias = (
+            torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
+        )
+        self.wanted = any(wanted)
+        self.need_gate = wanted[1] or wanted[2]
+
+    def add(self, tile: _Tile, gate: Tensor | None) -> None:
+        """Multiply a tile's error into the buffers, overwriting it."""
+        scale = self.head.transform.scale
+        error = tile.error
+        if tile.softcap_derivative is not None:
+            error.mul_(tile.softcap_derivative)
+        if self.hidden is not None:
+            product = error.to(self.product_weight.dtype) @ self.product_weight
+            self.hidden[tile.rows] = product.mul_(scale).to(self.hidden.dtype)
+        if gate is None:
+            return
+        gate = gate.unsqueeze(1) * scale
+        if self.weight is not None:
+            # In the accumulator's dtype: a half-precision product would have to be stored whole.
+            self.weight.addmm_(error.t(), self.hidden_states[tile.rows].to(error.dtype) * gate)
+        if self.bias is not None:
+            self.bias.addmv_(error.t(), gate.squeeze(1))
+
+
+def _folded_tiles(
+    hidden: Tensor, product_weight: Tensor, bias: Tensor | None, head: Head
+) -> Iterator[_Tile]:
+    """Project and fold one tile after the other, all in one buffer."""
+    dtype = statistics_dtype(head.product_dtype)
+    buffer_rows = min(head.tile_rows, head.targets.numel())
+    buffer = torch.empty(
+        buffer_rows, product_weight.size(0), dtype=dtype, device=product_weight.device
+    )
+    for positions, rows in head.tiles():
+        hidden_tile = hidden[rows].to(head.product_dtype)
+        logits = buffer[: hidden_tile.size(0)]
+        if dtype == head.product_dtype:
+            torch.mm(hidden_tile, product_weight.t(), out=logits)
+        else:
+            logits.copy_(hidden_tile @ product_weight.t())
+        if bias is not None:
+            logits.add_(bias)
+        derivative = head.transform.apply_(logits)
+        error, statistics = fold_logits_(logits, head.targets[positions], head.request)
+        yield _Tile(positions, rows, error, derivative, statistics)
+
+
+def _weighted_again(
+    inputs: list[Tensor | None], head: Head, wanted: list[bool], token_weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias gradients for a gate times upstream gradient that differs between tokens."""
+    hidden, weight, bias = inputs
+    assert hidden is not None
+    assert weight is not None
+    if weight.size(0) == 0:
+        raise RuntimeError(
+            "Upstream gradients that differ between tokens need the lm_head's weight in the "
+            "backward pass, where it is partitioned away (ZeRO-3). Use the scalar `loss`, or weight "
+            "tokens in an objective of your own."
+        )
+    with torch.autocast(hidden.device.type, enabled=False):
+        product_weight = weight.to(head.product_dtype)
+        wanted = [False, *wanted[1:]]
+        gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
+        for tile in _folded_tiles(hidden, product_weight, bias, head):
+            gradients.add(tile, token_weight[tile.positions])
+    return gradients.weight, gradients.bias

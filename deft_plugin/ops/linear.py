@@ -1,0 +1,152 @@
+"""`linear_gated_loss`: the loss of hidden @ weight.T, without the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..objectives import Objective, build_objective
+from .chunked import Head, chunked_token_loss, default_tile_rows
+from .output import (
+    GatedLoss,
+    Reduction,
+    ValidTargets,
+    assemble,
+    check_reduction,
+)
+from .projection import LogitsTransform, project
+from .reference import reference_token_loss
+from .softmax import StatisticsRequest
+
+Path = Literal["auto", "chunked", "reference"]
+PATHS: tuple[str, ...] = ("auto", "chunked", "reference")
+
+
+def linear_gated_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    objective: str | Objective = "deft",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    with_entropy: bool = False,
+    path: Path = "auto",
+    tile_rows: int | None = None,
+) -> GatedLoss:
+    """An objective's loss over a language model's head, computed without the (N, V) logits.
+
+    The logits are z = softcap(logit_scale * (hidden @ weight.T + bias)). Only rows with a valid target
+    are projected, a tile at a time, and gradients are formed in the same pass. Statistics are float32
+    (float64 for float64 input) whatever the dtype of the products, which is the autocast dtype under
+    autocast.
+
+    Args:
+        hidden: (..., H) hidden states, floating.
+        weight: (V, H) lm_head weight; its gradient is formed only if it requires one.
+        targets: hidden's shape without H; integers in [0, V), or `ignore_index`. Not shifted here.
+        objective: a registered name or an `Objective`.
+        parameters: the named objective's parameters.
+        bias: (V,) or None.
+        logit_scale: factor on the logits.
+        softcap: c of c * tanh(z / c), or None.
+        ignore_index: target value of positions that do not count.
+        reduction: "mean" over valid tokens, or "sum".
+        num_items_in_batch: divide the sum by this instead: the number of valid tokens of the whole
+            optimizer step on all ranks.
+        with_entropy: also return the Shannon entropy of every valid token.
+        path: "chunked", "reference" (full logits and autograd; slow), or "auto".
+        tile_rows: tokens per tile; None chooses by V and device.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
+            parameter, path or reduction.
+
+    Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
+    """
+    objective = build_objective(objective, parameters)
+    transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
+    check_reduction(reduction, num_items_in_batch)
+    _check_shapes(hidden, weight, targets, bias, path, tile_rows)
+    valid = ValidTargets.check(targets, weight.size(0), ignore_index)
+    request = StatisticsRequest.of(objective, with_entropy)
+    hidden = hidden.reshape(-1, hidden.size(-1))
+    if path == "reference":
+        rows = hidden if valid.rows is None else hidden[valid.rows]
+        logits = project(rows, weight, bias, transform)
+        token_loss, statistics = reference_token_loss(logits, valid.targets, objective, request)
+        total, gate = token_loss.sum(), objective.gate(statistics)
+    else:
+        dtype = _product_dtype(hidden, weight)
+        head = Head(
+            objective=objective,
+            transform=transform,
+            request=request,
+            targets=valid.targets,
+            rows=valid.rows,
+            product_dtype=dtype,
+            tile_rows=tile_rows or default_tile_rows(weight.size(0), dtype, hidden.device),
+        )
+        total, token_loss, statistics, gate = chunked_token_loss(hidden, weight, bias, head)
+    return assemble(
+        objective,
+        valid,
+        total,
+        token_loss,
+        statistics,
+        gate,
+        with_entropy=with_entropy,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype `torch.nn.functional.linear` would multiply in, mixed dtypes being promoted."""
+    device_type = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def _check_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    path: str,
+    tile_rows: int | None,
+) -> None:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.size(-1) != weight.size(1):
+        raise ValueError(
+            f"hidden must be (..., H) and weight (V, H); their shapes are {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}."
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's shape without its last dimension, "
+            f"{tuple(hidden.shape[:-1])}; their shape is {tuple(targets.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must have shape ({weight.size(0)},); its shape is {tuple(bias.shape)}."
+        )
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"hidden and weight must be floating; their dtypes are {hidden.dtype} and "
+            f"{weight.dtype}. A quantised lm_head is not supported: keep lm_head out of quantisation."
+        )
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is not valid. Choices: {', '.join(map(repr, PATHS))}.")
+    if tile_rows is not None and tile_rows < 1:
+        raise ValueError(f"tile_rows is {tile_rows!r}; it must be an integer >= 1, or None.")

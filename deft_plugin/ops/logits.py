@@ -1,0 +1,114 @@
+"""`gated_loss`: an objective's loss of logits that already exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..objectives import Objective, TokenStatistics, build_objective
+from .chunked import default_tile_rows
+from .output import GatedLoss, Reduction, ValidTargets, assemble, check_reduction
+from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
+
+
+def gated_loss(
+    logits: Tensor,
+    targets: Tensor,
+    objective: str | Objective = "deft",
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    with_entropy: bool = False,
+) -> GatedLoss:
+    """An objective's loss of given logits, for models whose logits are built anyway.
+
+    No float32 copy of the logits is made and nothing of their size is kept for the backward pass, which
+    forms the gradient p - e_y from the logits themselves. Where you have hidden states and the
+    lm_head's weight, `linear_gated_loss` needs far less memory.
+
+    Args:
+        logits: (..., V), floating. -inf entries have probability 0.
+        targets: logits' shape without V; integers in [0, V), or `ignore_index`. Not shifted here.
+        objective, parameters, ignore_index, reduction, num_items_in_batch, with_entropy: as in
+            `linear_gated_loss`.
+
+    Raises:
+        ValueError: as `linear_gated_loss`.
+    """
+    objective = build_objective(objective, parameters)
+    check_reduction(reduction, num_items_in_batch)
+    if logits.dim() < 1 or not logits.is_floating_point() or targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"logits must be floating (..., V) and targets their shape without V; they are "
+            f"{logits.dtype} {tuple(logits.shape)} and {tuple(targets.shape)}."
+        )
+    valid = ValidTargets.check(targets, logits.size(-1), ignore_index)
+    flat = logits.reshape(-1, logits.size(-1))
+    losses, gate, *values = _TokenLossOfLogits.apply(
+        flat, valid, objective, StatisticsRequest.of(objective, with_entropy)
+    )
+    return assemble(
+        objective,
+        valid,
+        losses.sum(),
+        losses,
+        TokenStatistics(values[0], logits.size(-1), *values[1:]),
+        gate,
+        with_entropy=with_entropy,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+class _TokenLossOfLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        valid: ValidTargets,
+        objective: Objective,
+        request: StatisticsRequest,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.valid = valid
+        tiles = [
+            fold_logits_(tile, targets, request)[1] for _, tile, targets in _tiles(logits, valid)
+        ]
+        statistics = concatenate(tiles)
+        gate = objective.gate(statistics)
+        ctx.save_for_backward(logits, gate)
+        values = [
+            statistics.__dict__[name]
+            for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
+        ]
+        ctx.mark_non_differentiable(gate, *(value for value in values if value is not None))
+        return objective.loss(statistics.log_p, statistics), gate, *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, gate = ctx.saved_tensors
+        row_scale = (gate * upstream).unsqueeze(1)
+        gradient = torch.zeros_like(logits)
+        start = 0
+        for rows, tile, targets in _tiles(logits, ctx.valid):
+            error = fold_logits_(tile, targets, StatisticsRequest())[0]
+            gradient[rows] = error.mul_(row_scale[start : start + targets.numel()]).to(logits.dtype)
+            start += targets.numel()
+        return gradient, None, None, None
+
+
+def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """(rows, a float32 or float64 copy of their logits, targets) of each tile; at least one tile."""
+    dtype = statistics_dtype(logits.dtype)
+    tile_rows = default_tile_rows(logits.size(1), dtype, logits.device)
+    count = valid.targets.numel()
+    for start in range(0, max(count, 1), tile_rows):
+        positions = slice(start, min(start + tile_rows, count))
+        rows = positions if valid.rows is None else valid.rows[positions]
+        yield rows, logits[rows].to(dtype, copy=True), valid.targets[positions]

@@ -1,0 +1,36 @@
+"""For transformers.Trainer, where the model's logits are built: a `compute_loss_func`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from .objectives import Objective, build_objective
+from .ops import gated_loss
+
+
+class LogitsLoss:
+    """An objective as `Trainer(compute_loss_func=LogitsLoss("deft"))`.
+
+    Takes the model's outputs with logits (batch, sequence, V) and labels (batch, sequence), shifts the
+    labels by one, and divides by `num_items_in_batch`, so that gradients do not depend on how a step is
+    split into micro-batches. The logits are the memory's largest tensor: `add_gated_head` avoids them.
+
+    Args:
+        objective: a registered name or an `Objective`.
+        parameters: the named objective's parameters.
+    """
+
+    def __init__(self, objective: str | Objective = "deft", **parameters: Any) -> None:
+        self.objective = build_objective(objective, parameters)
+
+    def __call__(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
+        logits = outputs["logits"]
+        # Shifting the labels, not the logits, avoids a copy of the logits.
+        targets = functional.pad(labels[..., 1:], (0, 1), value=-100).to(logits.device)
+        loss = gated_loss(logits, targets, self.objective, num_items_in_batch=num_items_in_batch)
+        return loss.loss

@@ -1,0 +1,125 @@
+"""`loss_type` and `loss_kwargs` on an SFTConfig class."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
+
+import trl
+
+from ..objectives import Objective, build_objective, objective_names
+
+# These names stay TRL's own. None is TRL 1.9's default.
+TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
+
+LOSS_KWARGS_HELP = (
+    "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "
+    '\'{"floor_coefficient": 0.5}\' with `loss_type="cayley_trans"`.'
+)
+
+
+def loss_types() -> tuple[str, ...]:
+    """The names that `loss_type` accepts beside TRL's own."""
+    return tuple(name for name in objective_names() if name not in TRL_LOSS_TYPES)
+
+
+def objective_of(args: Any) -> Objective | None:
+    """The objective that training arguments ask for; None where the loss is TRL's own.
+
+    Raises:
+        ValueError: an unknown `loss_type`, or parameters which it does not take.
+    """
+    name = getattr(args, "loss_type", None)
+    parameters = _parse(getattr(args, "loss_kwargs", None))
+    if name not in TRL_LOSS_TYPES:
+        if name not in objective_names():
+            own = ", ".join(repr(choice) for choice in TRL_LOSS_TYPES if choice)
+            try:
+                build_objective(name)
+            except ValueError as error:
+                raise ValueError(f"loss_type={name!r}: {error} TRL's own: {own}.") from None
+        return build_objective(name, parameters)
+    if parameters:
+        raise ValueError(
+            f"loss_kwargs={parameters!r} would be ignored: loss_type={name!r} is TRL's own loss and takes "
+            f"no parameters. Loss types with parameters are among {', '.join(loss_types())}."
+        )
+    return None
+
+
+def _parse(parameters: Any) -> dict[str, Any]:
+    if isinstance(parameters, str):
+        try:
+            parameters = json.loads(parameters)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"loss_kwargs={parameters!r} is not JSON: {error}.") from None
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f"loss_kwargs={parameters!r} must be a dict or JSON text of one.")
+    return parameters or {}
+
+
+def extend_config_class(cls: type) -> Callable[[], None]:
+    """Let `cls`, an SFTConfig class, take the objectives' names and `loss_kwargs`, in place.
+
+    The command line's choices for `loss_type` are extended too, and both are checked when a
+    configuration is made. Returns a function that undoes it all.
+    """
+    original_init: Any = vars(cls).get("__init__") or cls.__init__  # type: ignore[misc]
+    original_fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    original_annotations = dict(cls.__annotations__)
+
+    @functools.wraps(original_init)
+    def __init__(self: Any, *args: Any, loss_kwargs: Any = None, **kwargs: Any) -> None:
+        self.loss_kwargs = loss_kwargs
+        original_init(self, *args, **kwargs)
+        objective_of(self)
+
+    loss_kwargs: Any = dataclasses.field(default=None, metadata={"help": LOSS_KWARGS_HELP})
+    loss_kwargs.name = "loss_kwargs"
+    loss_kwargs.type = dict | str | None
+    loss_kwargs._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
+    cls.__init__ = __init__  # type: ignore[misc]
+    cls.loss_kwargs = None  # type: ignore[attr-defined]
+    cls.__annotations__["loss_kwargs"] = dict | str | None
+    # A new dict: a subclass shares its parent's.
+    cls.__dataclass_fields__ = {  # type: ignore[attr-defined]
+        **original_fields,
+        "loss_type": _with_choices(original_fields["loss_type"]),
+        "loss_kwargs": loss_kwargs,
+    }
+
+    def undo() -> None:
+        cls.__init__ = original_init  # type: ignore[misc]
+        del cls.loss_kwargs  # type: ignore[attr-defined]
+        cls.__annotations__ = original_annotations
+        cls.__dataclass_fields__ = original_fields  # type: ignore[attr-defined]
+
+    return undo
+
+
+def _with_choices(field: dataclasses.Field[Any]) -> Any:
+    """A copy of the `loss_type` field whose choices and help text hold the objectives' names."""
+    extended: Any = dataclasses.field(default=field.default)
+    for name in dataclasses.Field.__slots__:
+        setattr(extended, name, getattr(field, name))
+    metadata = dict(field.metadata)
+    if "choices" in metadata:
+        metadata["choices"] = [*metadata["choices"], *loss_types()]
+    metadata["help"] = (
+        f"{metadata.get('help', '')} With deft_plugin also: {', '.join(loss_types())}."
+    )
+    extended.metadata = MappingProxyType(metadata)
+    return extended
+
+
+class SFTConfig(trl.SFTConfig):
+    """`trl.SFTConfig` whose `loss_type` also takes the objectives' names.
+
+    Args:
+        loss_type: `"deft"`, `"cayley_trans"`, ... or one of TRL's own.
+        loss_kwargs: the objective's parameters, a dict or JSON text.
+    """
