@@ -1,4 +1,4 @@
-"""The fused core in plain PyTorch: losses of hidden @ weight.T with no [N, V] tensor, on any device.
+"""The fused core: losses of hidden @ weight.T and their gradients with no [N, V] tensor, on any device.
 
 A gate never touches the vocabulary. One tile of logits at a time becomes the error p - e_y; the tile is
 multiplied at once into the gradients, and the gate is a row scale applied outside. So gradients are formed
@@ -9,11 +9,13 @@ for a trainable head, one for the weight's:
     d weight = error.T @ (gate * hidden)          the gate must come first
 
 Only for a trainable head under an objective whose gate depends on the whole batch is there a separate pass
-for the statistics, a fourth product.
+for the statistics, a fourth product. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
+(`triton_fold`); all else is the same.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +28,15 @@ from ..objectives import Objective, TokenStatistics
 from .projection import LogitsTransform
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
-# A tile of this many bytes stays near the last-level cache of a CPU and keeps an accelerator busy.
-DEFAULT_TILE_BYTES = {"cpu": 24 * 2**20}
-DEFAULT_TILE_BYTES_ELSEWHERE = 256 * 2**20
-SMALLEST_DEFAULT_TILE_ROWS = 16
+# Bytes of logits held at once. On a CPU a tile should stay near the last-level cache. An accelerator wants
+# large products, and with a trainable head few tiles: each reads and writes the whole weight gradient.
+CPU_TILE_BYTES = 24 * 2**20
+FROZEN_TILE_BYTES = 256 * 2**20
+TRAINABLE_TILE_BYTES = 2**30
+SMALLEST_TILE_ROWS = 16
+TILE_ROWS_MULTIPLE = 128
+# Leaving rows out copies those that stay, about 7 % of the product that each of them has to pay for.
+SMALLEST_SKIPPED_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,9 @@ class Head:
         rows: (n,) int64 rows of `hidden` that the targets belong to; None for all of them.
         product_dtype: dtype of the matrix products (the autocast dtype under autocast).
         tile_rows: number of tokens per tile.
+        use_triton: whether Triton's kernel folds the tiles.
+        skip_below: a token whose gradient is bounded by less than this share of its tile's mean earns no
+            product; 0 for none.
     """
 
     objective: Objective
@@ -51,6 +61,8 @@ class Head:
     rows: Tensor | None
     product_dtype: torch.dtype
     tile_rows: int
+    use_triton: bool
+    skip_below: float = 0.0
 
     def tiles(self) -> Iterator[tuple[slice, Tensor | slice]]:
         """(positions among the valid tokens, rows of `hidden`) of each tile; one, if empty, at least."""
@@ -67,29 +79,43 @@ class _Tile:
     Args:
         positions: where its tokens are among the valid ones.
         rows: which rows of `hidden` they are.
-        error: (n, V), p - e_y.
-        softcap_derivative: (n, V), or None where it is 1.
+        error: (n, V), p - e_y times the softcap's derivative, up to `row_factor`.
+        row_factor: (n,), what the error's rows are still to be multiplied by; None for 1.
         statistics: of its n tokens.
     """
 
     positions: slice
     rows: Tensor | slice
     error: Tensor
-    softcap_derivative: Tensor | None
+    row_factor: Tensor | None
     statistics: TokenStatistics
 
 
-def default_tile_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens per tile such that the tile's logits fit the device's default buffer."""
-    tile_bytes = DEFAULT_TILE_BYTES.get(device.type, DEFAULT_TILE_BYTES_ELSEWHERE)
-    row_bytes = max(vocab_size, 1) * statistics_dtype(dtype).itemsize
-    return max(tile_bytes // row_bytes, SMALLEST_DEFAULT_TILE_ROWS)
+def default_tile_rows(
+    count: int, vocab_size: int, dtype: torch.dtype, device: torch.device, trainable: bool = False
+) -> int:
+    """Tokens per tile of `count` tokens, in tiles of about equal size that fit the device's buffer.
+
+    Args:
+        dtype: of the buffer's logits.
+        trainable: whether the lm_head's gradient is wanted.
+    """
+    if device.type == "cpu":
+        tile_bytes = CPU_TILE_BYTES
+    else:
+        tile_bytes = TRAINABLE_TILE_BYTES if trainable else FROZEN_TILE_BYTES
+    most_rows = max(tile_bytes // (max(vocab_size, 1) * dtype.itemsize), SMALLEST_TILE_ROWS)
+    tiles = max(-(-count // most_rows), 1)
+    rows = max(-(-count // tiles), 1)
+    if rows > TILE_ROWS_MULTIPLE:
+        rows = min(-(-rows // TILE_ROWS_MULTIPLE) * TILE_ROWS_MULTIPLE, most_rows)
+    return rows
 
 
 def chunked_token_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
-) -> tuple[Tensor, Tensor, TokenStatistics, Tensor]:
-    """Sum of losses (), losses (n,), statistics and gates (n,) of the valid tokens.
+) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor]:
+    """Sum of losses (), losses (n,), statistics, gates (n,) and whether skipped (n,) of the valid tokens.
 
     The sum and the losses are differentiable in hidden, weight and bias. Backward through the sum only
     scales the gradients that exist; so does backward through the losses where the head is frozen or
@@ -103,8 +129,10 @@ def chunked_token_loss(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
     ]
-    total, losses, gate, *values = _ChunkedTokenLoss.apply(hidden, weight, bias, head, wanted)
-    return total, losses, TokenStatistics(values[0], weight.size(0), *values[1:]), gate
+    total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(
+        hidden, weight, bias, head, wanted
+    )
+    return total, losses, TokenStatistics(values[0], weight.size(0), *values[1:]), gate, skipped
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -121,19 +149,20 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             product_weight = weight.to(head.product_dtype)
             gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
-            gate_first = gradients.need_gate and head.objective.couples_tokens
+            need_gate = gradients.need_gate or (gradients.wanted and head.skip_below > 0)
+            gate_first = need_gate and head.objective.couples_tokens
             collected = []
-            for tile in _folded_tiles(hidden, product_weight, bias, head):
+            form_error = gradients.wanted and not gate_first
+            for tile in _folded_tiles(hidden, product_weight, bias, head, form_error):
                 collected.append(tile.statistics)
-                if gradients.wanted and not gate_first:
-                    need_gate = gradients.need_gate
+                if form_error:
                     gradients.add(tile, head.objective.gate(tile.statistics) if need_gate else None)
             del tile
             statistics = concatenate(collected)
             losses = head.objective.loss(statistics.log_p, statistics)
             gate = head.objective.gate(statistics)
             if gate_first:
-                for tile in _folded_tiles(hidden, product_weight, bias, head):
+                for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
                     gradients.add(tile, gate[tile.positions])
         inputs = (hidden, weight, bias) if gradients.need_gate else (None, None, None)
         ctx.save_for_backward(gate, gradients.hidden, gradients.weight, gradients.bias, *inputs)
@@ -143,8 +172,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             statistics.__dict__[name]
             for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
         ]
-        ctx.mark_non_differentiable(gate, *(value for value in values if value is not None))
-        return losses.sum(), losses, gate, *values
+        skipped = gradients.skipped
+        constants = [value for value in (gate, skipped, *values) if value is not None]
+        ctx.mark_non_differentiable(*constants)
+        return losses.sum(), losses, gate, skipped, *values
 
     @staticmethod
     @once_differentiable
@@ -217,33 +248,80 @@ class _Gradients:
         self.bias = (
             torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
         )
+        self.skipped = torch.zeros_like(head.targets, dtype=torch.bool)
         self.wanted = any(wanted)
         self.need_gate = wanted[1] or wanted[2]
 
     def add(self, tile: _Tile, gate: Tensor | None) -> None:
-        """Multiply a tile's error into the buffers, overwriting it."""
-        scale = self.head.transform.scale
-        error = tile.error
-        if tile.softcap_derivative is not None:
-            error.mul_(tile.softcap_derivative)
+        """Multiply a tile's error into the buffers."""
+        row_scale = tile.statistics.log_p.new_full((), self.head.transform.scale)
+        if tile.row_factor is not None:
+            row_scale = tile.row_factor * row_scale
+        error, rows = tile.error, tile.rows
+        kept = None if gate is None else self._rows_that_earn(tile, gate)
+        if kept is not None and gate is not None:
+            error, gate = error[kept], gate[kept]
+            rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
+            row_scale = row_scale if row_scale.dim() == 0 else row_scale[kept]
         if self.hidden is not None:
             product = error.to(self.product_weight.dtype) @ self.product_weight
-            self.hidden[tile.rows] = product.mul_(scale).to(self.hidden.dtype)
+            product.mul_(row_scale if row_scale.dim() == 0 else row_scale.unsqueeze(1))
+            self.hidden[rows] = product.to(self.hidden.dtype)
         if gate is None:
             return
-        gate = gate.unsqueeze(1) * scale
+        gate = gate * row_scale
         if self.weight is not None:
-            # In the accumulator's dtype: a half-precision product would have to be stored whole.
-            self.weight.addmm_(error.t(), self.hidden_states[tile.rows].to(error.dtype) * gate)
+            scaled = self.hidden_states[rows] * gate.unsqueeze(1)
+            _add_product_(self.weight, error.t(), scaled.to(error.dtype))
         if self.bias is not None:
-            self.bias.addmv_(error.t(), gate.squeeze(1))
+            _add_product_(self.bias.unsqueeze(1), error.t(), gate.unsqueeze(1).to(error.dtype))
+
+    def _rows_that_earn(self, tile: _Tile, gate: Tensor) -> Tensor | None:
+        """Rows of the tile whose gradient is worth a product; None for all. Synchronises with the host."""
+        if not self.head.skip_below:
+            return None
+        bound = gradient_bound(tile.statistics.log_p, gate)
+        # Written so that NaN is kept.
+        skipped = bound < self.head.skip_below * bound.mean()
+        kept = (~skipped).nonzero().squeeze(1)
+        if kept.numel() > (1 - SMALLEST_SKIPPED_SHARE) * bound.numel():
+            return None
+        self.skipped[tile.positions] = skipped
+        return kept
+
+
+def gradient_bound(log_p: Tensor, gate: Tensor) -> Tensor:
+    """2 g (1 - p), the sum of absolute values of a token's gradient in its logits."""
+    return -2 * gate * torch.expm1(log_p)
+
+
+def _add_product_(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
+    """accumulator += left @ right, in the accumulator's precision whatever the factors' dtype."""
+    if left.dtype == accumulator.dtype:
+        accumulator.addmm_(left, right)
+    elif _accumulates_in_float32(left.device.type, left.dtype):
+        torch.ops.aten.addmm.dtype_out(accumulator, left, right, accumulator.dtype, out=accumulator)
+    else:
+        accumulator.addmm_(left.to(accumulator.dtype), right.to(accumulator.dtype))
+
+
+@functools.cache
+def _accumulates_in_float32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this device adds half-precision products to a float32 matrix without a copy of either."""
+    factor = torch.ones(16, 16, dtype=dtype, device=device_type)
+    accumulator = torch.ones(16, 16, dtype=torch.float32, device=device_type)
+    try:
+        torch.ops.aten.addmm.dtype_out(accumulator, factor, factor, torch.float32, out=accumulator)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((accumulator == 17).all())
 
 
 def _folded_tiles(
-    hidden: Tensor, product_weight: Tensor, bias: Tensor | None, head: Head
+    hidden: Tensor, product_weight: Tensor, bias: Tensor | None, head: Head, form_error: bool
 ) -> Iterator[_Tile]:
     """Project and fold one tile after the other, all in one buffer."""
-    dtype = statistics_dtype(head.product_dtype)
+    dtype = buffer_dtype(head.product_dtype, head.use_triton)
     buffer_rows = min(head.tile_rows, head.targets.numel())
     buffer = torch.empty(
         buffer_rows, product_weight.size(0), dtype=dtype, device=product_weight.device
@@ -255,11 +333,27 @@ def _folded_tiles(
             torch.mm(hidden_tile, product_weight.t(), out=logits)
         else:
             logits.copy_(hidden_tile @ product_weight.t())
-        if bias is not None:
-            logits.add_(bias)
-        derivative = head.transform.apply_(logits)
-        error, statistics = fold_logits_(logits, head.targets[positions], head.request)
-        yield _Tile(positions, rows, error, derivative, statistics)
+        targets = head.targets[positions]
+        if head.use_triton:
+            from .triton_fold import triton_fold_
+
+            error, row_factor, statistics = triton_fold_(
+                logits, bias, head.transform, targets, head.request, form_error
+            )
+        else:
+            if bias is not None:
+                logits.add_(bias)
+            derivative = head.transform.apply_(logits)
+            error, statistics = fold_logits_(logits, targets, head.request)
+            row_factor = None
+            if form_error and derivative is not None:
+                error.mul_(derivative)
+        yield _Tile(positions, rows, error, row_factor, statistics)
+
+
+def buffer_dtype(product_dtype: torch.dtype, use_triton: bool) -> torch.dtype:
+    """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
+    return product_dtype if use_triton else statistics_dtype(product_dtype)
 
 
 def _weighted_again(
@@ -279,6 +373,6 @@ def _weighted_again(
         product_weight = weight.to(head.product_dtype)
         wanted = [False, *wanted[1:]]
         gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
-        for tile in _folded_tiles(hidden, product_weight, bias, head):
+        for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
             gradients.add(tile, token_weight[tile.positions])
     return gradients.weight, gradients.bias

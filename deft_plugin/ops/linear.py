@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, build_objective
-from .chunked import Head, chunked_token_loss, default_tile_rows
+from .availability import chooses_triton
+from .chunked import Head, buffer_dtype, chunked_token_loss, default_tile_rows
 from .output import (
     GatedLoss,
     Reduction,
@@ -21,8 +22,8 @@ from .projection import LogitsTransform, project
 from .reference import reference_token_loss
 from .softmax import StatisticsRequest
 
-Path = Literal["auto", "chunked", "reference"]
-PATHS: tuple[str, ...] = ("auto", "chunked", "reference")
+Path = Literal["auto", "triton", "chunked", "reference"]
+PATHS: tuple[str, ...] = ("auto", "triton", "chunked", "reference")
 
 
 def linear_gated_loss(
@@ -41,6 +42,7 @@ def linear_gated_loss(
     with_entropy: bool = False,
     path: Path = "auto",
     tile_rows: int | None = None,
+    skip_below: float = 0.0,
 ) -> GatedLoss:
     """An objective's loss over a language model's head, computed without the (N, V) logits.
 
@@ -63,19 +65,27 @@ def linear_gated_loss(
         num_items_in_batch: divide the sum by this instead: the number of valid tokens of the whole
             optimizer step on all ranks.
         with_entropy: also return the Shannon entropy of every valid token.
-        path: "chunked", "reference" (full logits and autograd; slow), or "auto".
-        tile_rows: tokens per tile; None chooses by V and device.
+        path: "triton" (a GPU, or TRITON_INTERPRET=1), "chunked" (PyTorch, any device), "reference" (full
+            logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked.
+        tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
+            24 MiB on a CPU, elsewhere 256 MiB with a frozen weight and 1 GiB with a trainable one.
+        skip_below: leave tokens out of the gradients' products whose gradient is bounded by less than this
+            share of the mean over their tile, and say which in the result's `skipped`; 2**-12 loses
+            less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure
+            of many tokens; tiles with fewer than one in eight of them are computed whole. Not for path
+            "reference".
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
-            parameter, path or reduction.
+            parameter, path or reduction; path "triton" where it cannot run.
 
     Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
     """
     objective = build_objective(objective, parameters)
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
-    _check_shapes(hidden, weight, targets, bias, path, tile_rows)
+    _check_shapes(hidden, weight, targets, bias)
+    check_path(path, tile_rows, skip_below)
     valid = ValidTargets.check(targets, weight.size(0), ignore_index)
     request = StatisticsRequest.of(objective, with_entropy)
     hidden = hidden.reshape(-1, hidden.size(-1))
@@ -83,9 +93,11 @@ def linear_gated_loss(
         rows = hidden if valid.rows is None else hidden[valid.rows]
         logits = project(rows, weight, bias, transform)
         token_loss, statistics = reference_token_loss(logits, valid.targets, objective, request)
-        total, gate = token_loss.sum(), objective.gate(statistics)
+        total, gate, skipped = token_loss.sum(), objective.gate(statistics), None
     else:
         dtype = _product_dtype(hidden, weight)
+        use_triton = chooses_triton(path, hidden.device)
+        trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
             objective=objective,
             transform=transform,
@@ -93,9 +105,20 @@ def linear_gated_loss(
             targets=valid.targets,
             rows=valid.rows,
             product_dtype=dtype,
-            tile_rows=tile_rows or default_tile_rows(weight.size(0), dtype, hidden.device),
+            tile_rows=tile_rows
+            or default_tile_rows(
+                valid.targets.numel(),
+                weight.size(0),
+                buffer_dtype(dtype, use_triton),
+                hidden.device,
+                trainable,
+            ),
+            use_triton=use_triton,
+            skip_below=skip_below,
         )
-        total, token_loss, statistics, gate = chunked_token_loss(hidden, weight, bias, head)
+        total, token_loss, statistics, gate, skipped = chunked_token_loss(
+            hidden, weight, bias, head
+        )
     return assemble(
         objective,
         valid,
@@ -103,6 +126,7 @@ def linear_gated_loss(
         token_loss,
         statistics,
         gate,
+        skipped,
         with_entropy=with_entropy,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
@@ -124,8 +148,6 @@ def _check_shapes(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    path: str,
-    tile_rows: int | None,
 ) -> None:
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.size(-1) != weight.size(1):
         raise ValueError(
@@ -146,7 +168,15 @@ def _check_shapes(
             f"hidden and weight must be floating; their dtypes are {hidden.dtype} and "
             f"{weight.dtype}. A quantised lm_head is not supported: keep lm_head out of quantisation."
         )
+
+
+def check_path(path: str, tile_rows: int | None, skip_below: float) -> None:
+    """Raise `ValueError` for settings of `linear_gated_loss` that no call could have."""
     if path not in PATHS:
         raise ValueError(f"path={path!r} is not valid. Choices: {', '.join(map(repr, PATHS))}.")
     if tile_rows is not None and tile_rows < 1:
         raise ValueError(f"tile_rows is {tile_rows!r}; it must be an integer >= 1, or None.")
+    if not 0 <= skip_below < 1:
+        raise ValueError(f"skip_below is {skip_below!r}; it must be a number in [0, 1).")
+    if skip_below and path == "reference":
+        raise ValueError("skip_below would be ignored with path='reference': set it to 0.")

@@ -106,8 +106,8 @@ class _TokenLossOfLogits(torch.autograd.Function):
 def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """(rows, a float32 or float64 copy of their logits, targets) of each tile; at least one tile."""
     dtype = statistics_dtype(logits.dtype)
-    tile_rows = default_tile_rows(logits.size(1), dtype, logits.device)
     count = valid.targets.numel()
+    tile_rows = default_tile_rows(count, logits.size(1), dtype, logits.device)
     for start in range(0, max(count, 1), tile_rows):
         positions = slice(start, min(start + tile_rows, count))
         rows = positions if valid.rows is None else valid.rows[positions]

@@ -27,6 +27,8 @@ class GatedLoss:
         focus: the exponent a; None for objectives outside the deformed-log family.
         entropy: Shannon entropy in nats; None unless asked for.
         is_top1: bool; whether the target has the largest logit.
+        skipped: bool; whether the token was left out of the gradients (`skip_below`); None where the
+            option does not exist.
 
     All but `loss` and `token_loss` are detached. Dtype float32, or float64 for float64 input.
     """
@@ -39,6 +41,7 @@ class GatedLoss:
     focus: Tensor | None
     entropy: Tensor | None
     is_top1: Tensor
+    skipped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def assemble(
     token_loss: Tensor,
     statistics: TokenStatistics,
     gate: Tensor,
+    skipped: Tensor | None = None,
     *,
     with_entropy: bool,
     reduction: Reduction,
@@ -113,6 +117,7 @@ def assemble(
         if with_entropy
         else None,
         is_top1=valid.spread(statistics.is_top1),
+        skipped=None if skipped is None else valid.spread(skipped),
     )
 
 

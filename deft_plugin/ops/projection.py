@@ -43,9 +43,10 @@ class LogitsTransform:
             logits.mul_(self.scale)
         if self.softcap is None:
             return None
-        saturation = logits.div_(self.softcap).tanh_()
-        derivative = torch.addcmul(saturation.new_ones(()), saturation, saturation, value=-1)
-        logits.mul_(self.softcap)
+        logits.div_(self.softcap)
+        # 1 / cosh^2 where 1 - tanh^2 would cancel to 0.
+        derivative = logits.cosh().square_().reciprocal_()
+        logits.tanh_().mul_(self.softcap)
         return derivative
 
 

@@ -51,7 +51,7 @@ def fold_logits_(
     targets = targets.unsqueeze(1)
     target_logit = logits.gather(1, targets).squeeze(1)
     largest_logit = logits.amax(1)
-    top_k_entropy = _top_k_entropy(logits, request.top_k) if request.top_k else None
+    top_k = top_k_entropy(logits, request.top_k) if request.top_k else None
 
     probabilities = torch.softmax(logits, dim=1, out=logits)
     # A CPU's softmax adds its row up in one go, so that a peaked row of 32,768 sums to 1 + 5e-6.
@@ -73,7 +73,7 @@ def fold_logits_(
         is_top1=target_logit >= largest_logit,
         collision=collision,
         entropy=entropy,
-        top_k_entropy=top_k_entropy,
+        top_k_entropy=top_k,
     )
 
 
@@ -89,7 +89,8 @@ def _sum_of_squares(tile: Tensor, block: int = 1024) -> Tensor:
     return blocks.square().sum(1) + rest.square()
 
 
-def _top_k_entropy(logits: Tensor, k: int) -> Tensor:
+def top_k_entropy(logits: Tensor, k: int) -> Tensor:
+    """Entropy in nats of each row's k largest probabilities, renormalised."""
     largest = logits.topk(min(k, logits.size(1)), dim=1).values
     return torch.special.entr(torch.softmax(largest, dim=1)).sum(1)
 
