@@ -205,7 +205,9 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
             if gradient is None:
                 return None
-            return (gradient.mul_(scale) if in_place else gradient * scale).to(dtype)
+            if gradient.dtype != dtype:
+                return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+            return gradient.mul_(scale) if in_place else gradient * scale
 
         row_scale = (gate * upstream).unsqueeze(1)
         if hidden_gradient is not None and head.rows is not None:
@@ -244,10 +246,12 @@ class _Gradients:
         self.product_weight = product_weight
         accumulator = statistics_dtype(head.product_dtype)
         self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+        # The first tile overwrites these.
+        self.weight = torch.empty_like(weight, dtype=accumulator) if wanted[1] else None
         self.bias = (
-            torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
+            torch.empty_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
         )
+        self._keep = 0
         self.skipped = torch.zeros_like(head.targets, dtype=torch.bool)
         self.wanted = any(wanted)
         self.need_gate = wanted[1] or wanted[2]
@@ -272,9 +276,11 @@ class _Gradients:
         gate = gate * row_scale
         if self.weight is not None:
             scaled = self.hidden_states[rows] * gate.unsqueeze(1)
-            _add_product_(self.weight, error.t(), scaled.to(error.dtype))
+            _add_product_(self.weight, self._keep, error.t(), scaled.to(error.dtype))
         if self.bias is not None:
-            _add_product_(self.bias.unsqueeze(1), error.t(), gate.unsqueeze(1).to(error.dtype))
+            right = gate.unsqueeze(1).to(error.dtype)
+            _add_product_(self.bias.unsqueeze(1), self._keep, error.t(), right)
+        self._keep = 1
 
     def _rows_that_earn(self, tile: _Tile, gate: Tensor) -> Tensor | None:
         """Rows of the tile whose gradient is worth a product; None for all. Synchronises with the host."""
@@ -295,14 +301,20 @@ def gradient_bound(log_p: Tensor, gate: Tensor) -> Tensor:
     return -2 * gate * torch.expm1(log_p)
 
 
-def _add_product_(accumulator: Tensor, left: Tensor, right: Tensor) -> None:
-    """accumulator += left @ right, in the accumulator's precision whatever the factors' dtype."""
+def _add_product_(accumulator: Tensor, keep: int, left: Tensor, right: Tensor) -> None:
+    """accumulator = keep * accumulator + left @ right, in its precision whatever the factors' dtype.
+
+    With keep = 0 the accumulator may hold anything, NaN included.
+    """
     if left.dtype == accumulator.dtype:
-        accumulator.addmm_(left, right)
+        accumulator.addmm_(left, right, beta=keep)
     elif _accumulates_in_float32(left.device.type, left.dtype):
-        torch.ops.aten.addmm.dtype_out(accumulator, left, right, accumulator.dtype, out=accumulator)
+        torch.ops.aten.addmm.dtype_out(
+            accumulator, left, right, accumulator.dtype, beta=keep, out=accumulator
+        )
     else:
-        accumulator.addmm_(left.to(accumulator.dtype), right.to(accumulator.dtype))
+        dtype = accumulator.dtype
+        accumulator.addmm_(left.to(dtype), right.to(dtype), beta=keep)
 
 
 @functools.cache
