@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ..head import causal_lm_of, check_model
+from ..lora import targets_lm_head
 
 
 def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: bool) -> None:
@@ -57,12 +57,7 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
 
 def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
     targets = getattr(peft_config, "target_modules", None)
-    if isinstance(targets, str):
-        # "all-linear" leaves the output layer out; any other text is a regular expression.
-        hit = targets != "all-linear" and re.fullmatch(targets, "lm_head") is not None
-    else:
-        hit = any(name.split(".")[-1] == "lm_head" for name in targets or ())
-    if hit:
+    if targets_lm_head(targets):
         raise ValueError(
             f"peft_config.target_modules={targets!r} puts an adapter on lm_head, which "
             f"loss_type={loss_type!r} does not support: the head's weight is used directly, so the adapter "

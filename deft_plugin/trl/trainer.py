@@ -24,9 +24,9 @@ import trl
 from torch import Tensor
 from trl.trainer import utils as trl_utils
 
-from ..head import GatedCausalLMOutput, GatedHead, add_gated_head
-from ..metrics import TokenMetrics
+from ..head import GatedCausalLMOutput, add_gated_head
 from ..quantization import keep_cpu_weights_unpacked
+from ..training import GatedTraining
 from .config import SFTConfig, extend_config_class, objective_of
 from .conflicts import check_conflicts
 
@@ -34,15 +34,6 @@ from .conflicts import check_conflicts
 # did so under "chunked_nll" and read the loss and sums.
 HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
-
-
-@dataclass
-class _Gating:
-    """What an SFTTrainer has when it trains with an objective."""
-
-    head: GatedHead
-    train_metrics: TokenMetrics
-    eval_metrics: TokenMetrics
 
 
 @dataclass
@@ -96,7 +87,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
             original["__init__"](self, *args, **kwargs)
         head = add_gated_head(self.model, objective, with_entropy=True, output_class=TRLOutput)
         keep_cpu_weights_unpacked(self.model)
-        self._gating = _Gating(head, TokenMetrics(), TokenMetrics())
+        self._gating = GatedTraining(head)
 
     @functools.wraps(original["compute_loss"])
     def compute_loss(
@@ -112,8 +103,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         training = self.model.training
         # TRL 1.16 takes the logits for compute_metrics from a second forward pass; 1.9 has to be helped.
         wants_logits = not HAS_FUSED_HEAD and inputs.get("_prediction_loss_only") is False
-        metrics = gating.train_metrics if training else gating.eval_metrics
-        with _stand_in(self.args), gating.head.observed_by(metrics.add):
+        with _stand_in(self.args), gating.scoring(training):
             result = original["compute_loss"](
                 self, model, inputs, return_outputs, num_items_in_batch
             )
@@ -128,11 +118,11 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         gating = _gating_of(self)
         if gating is None:
             return original["evaluation_loop"](self, *args, **kwargs)
-        gating.eval_metrics.reset()
+        gating.start_evaluation()
         output = original["evaluation_loop"](self, *args, **kwargs)
         bound = inspect.signature(original["evaluation_loop"]).bind(self, *args, **kwargs)
         prefix = bound.arguments.get("metric_key_prefix", "eval")
-        means = gating.eval_metrics.means(self.args.device)
+        means = gating.eval_means(self.args.device)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         _drop_unweighted(self, "eval", means)
@@ -143,8 +133,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         gating = _gating_of(self)
         # Trainer's own training log, which every rank writes: the means are collective.
         if gating is not None and self.model.training and "loss" in logs:
-            means = gating.train_metrics.means(self.args.device)
-            gating.train_metrics.reset()
+            means = gating.train_means(self.args.device)
             logs.update(means)
             _drop_unweighted(self, "train", means)
         original["log"](self, logs, *args, **kwargs)
@@ -164,9 +153,9 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     return undo
 
 
-def _gating_of(trainer: Any) -> _Gating | None:
+def _gating_of(trainer: Any) -> GatedTraining | None:
     """The trainer's gating; None for TRL's own loss types and inside a wrapper of a subclass."""
-    gating: _Gating | None = trainer.__dict__.get("_gating")
+    gating: GatedTraining | None = trainer.__dict__.get("_gating")
     return None if gating is None or trainer.args.loss_type == STAND_IN_LOSS_TYPE else gating
 
 

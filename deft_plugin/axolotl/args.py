@@ -1,0 +1,120 @@
+"""The keys that the plugin adds to an Axolotl YAML, checked before data or model are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from ..objectives import build_objective, objective_names
+from ..objectives.registry import objective_class
+from ..ops import PATHS
+from .conflicts import find_conflicts
+
+DEFAULT_OBJECTIVE = "deft"
+
+
+def _signatures() -> str:
+    """Every objective with its parameters and their defaults."""
+    return "; ".join(
+        f"{name}("
+        + ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls))
+        + ")"
+        for name in objective_names()
+        for cls in (objective_class(name),)
+    )
+
+
+class DEFTSettings(BaseModel):
+    """The `deft:` block: parameters of the objective, and settings of the gated head."""
+
+    # The other keys are the objective's parameters, which the objective checks itself.
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    module: str | None = Field(
+        default=None,
+        description="Python module to import first: one that registers an objective of your own with "
+        "`deft_plugin.objective`.",
+    )
+    path: str = Field(
+        default="auto",
+        description=f"How the loss is computed: {', '.join(PATHS)}. 'auto' picks the fastest that runs.",
+    )
+    tile_rows: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens whose logits are held at a time. Left out: as many as fit a fixed buffer.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _known_path(cls, path: str) -> str:
+        if path not in PATHS:
+            raise ValueError(f"{path!r} is not valid. Choices: {', '.join(PATHS)}.")
+        return path
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The objective's parameters."""
+        return dict(self.model_extra or {})
+
+
+class DEFTArgs(BaseModel):
+    """Mixed into Axolotl's own schema.
+
+    Raises:
+        pydantic.ValidationError: an unknown objective or parameter or one of the wrong type; a key that
+            starts with `deft` and is none of these; a key of Axolotl's that would replace or bypass
+            the objective.
+    """
+
+    deft_objective: str = Field(
+        default=DEFAULT_OBJECTIVE,
+        description=f"The training objective: {', '.join(objective_names())}, or one that "
+        "`deft.module` registers.",
+    )
+    deft: DEFTSettings = Field(
+        default_factory=DEFTSettings,
+        validate_default=True,
+        description=f"Parameters of the objective, with defaults: {_signatures()}. Beside them: module, "
+        "path, tile_rows.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_conflicts(cls, data: Any) -> Any:
+        problems = [*_unknown_keys(data), *find_conflicts(data)]
+        if problems:
+            raise ValueError("deft_plugin: " + "\n  ".join(problems))
+        return data
+
+    @field_validator("deft", mode="before")
+    @classmethod
+    def _empty_block(cls, block: Any) -> Any:
+        # `deft:` with nothing after it is None in YAML.
+        return {} if block is None else block
+
+    @field_validator("deft")
+    @classmethod
+    def _build_objective(cls, settings: DEFTSettings, info: ValidationInfo) -> DEFTSettings:
+        if settings.module is not None:
+            importlib.import_module(settings.module)
+        name = info.data.get("deft_objective")
+        if name is not None:
+            build_objective(name, settings.parameters)
+        return settings
+
+
+def _unknown_keys(data: dict[str, Any]) -> list[str]:
+    """Axolotl ignores keys that it does not know; a misspelt one of ours must not be."""
+    known = tuple(DEFTArgs.model_fields)
+    return [
+        f"unknown key {key!r}. Did you mean "
+        f"{(difflib.get_close_matches(key, known, n=1, cutoff=0) or known)[0]!r}? "
+        f"Keys of deft_plugin: {', '.join(known)}."
+        for key in data
+        if str(key).lower().startswith("deft") and key not in known
+    ]

@@ -1,0 +1,135 @@
+"""`plugins: [deft_plugin.axolotl.DEFTPlugin]`: Axolotl's hooks.
+
+The order in which Axolotl calls them: register, get_input_args and validation, pre_model_load, get_training_args,
+get_trainer_cls, add_callbacks_post_trainer. What can be refused is refused by the first two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from axolotl.integrations.base import BasePlugin, PluginManager
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.distributed import get_world_size, is_main_process
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+from ..head import gated_head_of
+from ..objectives import Objective, build_objective
+from .args import DEFTSettings
+from .trainer import DEFTTrainer
+
+_LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+_LOWER_IS_BETTER = ("nll", "perplexity", "ppl")
+
+
+class DEFTPlugin(BasePlugin):
+    """Trains with the objective named by `deft_objective` and the parameters in the `deft` block."""
+
+    def register(self, cfg: Any) -> None:
+        """Keep Axolotl from switching on LoRA kernels where they cannot run."""
+        if (
+            cfg.get("adapter") in ("lora", "qlora")
+            and not torch.accelerator.is_available()
+            and all(cfg.get(name) is None for name in _LORA_KERNELS)
+        ):
+            cfg.update(dict.fromkeys(_LORA_KERNELS, False))
+            _say("no accelerator: Axolotl's LoRA kernels (lora_*_kernel) are set to false.")
+
+    def get_input_args(self) -> str:
+        """Where the schema of the plugin's keys is."""
+        return "deft_plugin.axolotl.args.DEFTArgs"
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Refuse what only shows when the model's configuration and the other plugins are known."""
+        if cfg.is_multimodal or cfg.processor_type:
+            raise ValueError(
+                f"base_model: {cfg.base_model} is multi-modal, and deft_plugin supports text-only causal "
+                "LMs. Load the language model alone, or remove the plugin."
+            )
+        if cfg.model_config_type == "mamba":
+            raise ValueError(
+                f"base_model: {cfg.base_model} is of type mamba, for which Axolotl has a trainer with a "
+                "loss of its own. Remove the plugin."
+            )
+        for name, plugin in PluginManager.get_instance().plugins.items():
+            if plugin is not self and name in cfg.plugins:
+                other = plugin.get_trainer_cls(cfg)
+                if other is not None:
+                    raise ValueError(
+                        f"The plugin {name} brings a trainer of its own, {other.__name__}, with another "
+                        "loss. List it or DEFTPlugin in `plugins`, not both."
+                    )
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
+        """What Axolotl's own training arguments must be set to."""
+        # Axolotl sets False: tokens would then be counted on each rank alone.
+        arguments: dict[str, Any] = {"average_tokens_across_devices": True}
+        metric = str(cfg.metric_for_best_model or "").removeprefix("eval_")
+        # Axolotl passes only a true greater_is_better on, and transformers takes any metric that does not
+        # end in "loss" for one where greater is better.
+        if cfg.greater_is_better is False or (
+            cfg.greater_is_better is None and metric in _LOWER_IS_BETTER
+        ):
+            arguments["greater_is_better"] = False
+        return arguments
+
+    def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer]:
+        """The trainer with a gated head."""
+        return DEFTTrainer
+
+    def add_callbacks_post_trainer(
+        self, cfg: DictDefault, trainer: Trainer
+    ) -> list[TrainerCallback]:
+        """Install the gated head, say so in one line, and have it checked when training begins."""
+        if not isinstance(trainer, DEFTTrainer):
+            raise RuntimeError(
+                f"The trainer is a {type(trainer).__name__}, not the {DEFTTrainer.__name__} of deft_plugin: "
+                "another plugin has replaced it. Remove that plugin, or DEFTPlugin."
+            )
+        settings = DEFTSettings(**(cfg.deft or {}))
+        objective = build_objective(cfg.deft_objective, settings.parameters)
+        trainer.install(objective, settings.path, settings.tile_rows)
+        _say(_summary(trainer, objective))
+        return [_CheckAtTrainBegin(trainer)]
+
+
+class _CheckAtTrainBegin(TrainerCallback):
+    """Stops a run whose trainer would not use the gated head, before its first step."""
+
+    def __init__(self, trainer: DEFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check what may have been changed since the trainer was made."""
+        trainer = self.trainer
+        model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+        problems = {
+            "the model has lost its gated head": gated_head_of(model) is None,
+            "the trainer has a compute_loss_func": trainer.compute_loss_func is not None,
+            "the trainer smooths labels": trainer.label_smoother is not None,
+            "average_tokens_across_devices is off": not args.average_tokens_across_devices,
+            "num_items_in_batch is not passed on": not trainer.model_accepts_loss_kwargs,
+        }
+        found = [problem for problem, present in problems.items() if present]
+        if found:
+            raise RuntimeError(
+                f"Training would not use the objective as asked for: {'; '.join(found)}. Which plugin or "
+                "callback did that?"
+            )
+
+
+def _summary(trainer: DEFTTrainer, objective: Objective) -> str:
+    head = gated_head_of(trainer.model)
+    assert head is not None
+    weight = head.model.get_output_embeddings().weight
+    return (
+        f"objective {objective!r}; gated head on {type(head.model).__name__} "
+        f"({'trainable' if weight.requires_grad else 'frozen'}), path {head.path}; loss normalised over "
+        f"the optimizer step's tokens on {get_world_size()} rank(s)."
+    )
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(f"deft_plugin: {text}", flush=True)
