@@ -50,8 +50,10 @@ class Objective:
 
     def gate(self, statistics: TokenStatistics) -> Tensor:
         """-dL/d(log p_y), shape (N,), detached."""
-        log_p = statistics.log_p.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            # A copy, since autograd does not take tensors made in inference mode.
+            statistics = statistics.clone()
+            log_p = statistics.log_p.clone().requires_grad_()
             loss = self.loss(log_p, statistics)
             if loss.shape != log_p.shape:
                 raise ValueError(
@@ -59,7 +61,10 @@ class Objective:
                     f"{tuple(log_p.shape)}, and returned {tuple(loss.shape)}."
                 )
             if not loss.requires_grad:
-                return torch.zeros_like(log_p)
+                raise ValueError(
+                    f"Objective {self.name!r} returned a loss that does not depend on its argument "
+                    "`log_p`, so it has no gradient. (`statistics.log_p` is detached.)"
+                )
             (gradient,) = torch.autograd.grad(loss.sum(), log_p)
         return -gradient
 
@@ -99,8 +104,11 @@ def deformed_log_loss(log_p: Tensor, focus: Tensor) -> Tensor:
     """
     exponent = _power_exponent(log_p, focus)
     near_zero = exponent.abs() < math.sqrt(torch.finfo(log_p.dtype).eps)
+    # Each branch sees harmless numbers where it is not taken, or its gradient there would be NaN.
     divisor = torch.where(near_zero, torch.ones_like(exponent), focus)
-    return torch.where(near_zero, -log_p * (1 + exponent / 2), -torch.expm1(exponent) / divisor)
+    small_exponent = torch.where(near_zero, exponent, torch.zeros_like(exponent))
+    series = -log_p * (1 + small_exponent / 2)
+    return torch.where(near_zero, series, -torch.expm1(exponent) / divisor)
 
 
 def power_gate(log_p: Tensor, focus: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +45,15 @@ class TokenStatistics:
     def p(self) -> Tensor:
         """Probability of the target token, in [0, 1]."""
         return self.log_p.exp()
+
+    def clone(self) -> TokenStatistics:
+        """A copy that shares no memory."""
+        # Read past the guard below: a statistic that was not asked for stays None.
+        copies: dict[str, Any] = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        return TokenStatistics(**copies)
 
     def __getattribute__(self, name: str):  # type: ignore[no-untyped-def]
         value = object.__getattribute__(self, name)

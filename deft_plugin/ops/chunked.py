@@ -297,8 +297,8 @@ class _Gradients:
 
 
 def gradient_bound(log_p: Tensor, gate: Tensor) -> Tensor:
-    """2 g (1 - p), the sum of absolute values of a token's gradient in its logits."""
-    return -2 * gate * torch.expm1(log_p)
+    """2 |g| (1 - p), the sum of absolute values of a token's gradient in its logits."""
+    return -2 * gate.abs() * torch.expm1(log_p)
 
 
 def _add_product_(accumulator: Tensor, keep: int, left: Tensor, right: Tensor) -> None:

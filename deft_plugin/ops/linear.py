@@ -18,7 +18,7 @@ from .output import (
     assemble,
     check_reduction,
 )
-from .projection import LogitsTransform, project
+from .projection import LogitsTransform, product_dtype, project
 from .reference import reference_token_loss
 from .softmax import StatisticsRequest
 
@@ -95,7 +95,7 @@ def linear_gated_loss(
         token_loss, statistics = reference_token_loss(logits, valid.targets, objective, request)
         total, gate, skipped = token_loss.sum(), objective.gate(statistics), None
     else:
-        dtype = _product_dtype(hidden, weight)
+        dtype = product_dtype(hidden, weight)
         use_triton = chooses_triton(path, hidden.device)
         trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
@@ -131,16 +131,6 @@ def linear_gated_loss(
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
     )
-
-
-def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype `torch.nn.functional.linear` would multiply in, mixed dtypes being promoted."""
-    device_type = hidden.device.type
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    # Autocast leaves float64 alone.
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return dtype
 
 
 def _check_shapes(

@@ -67,6 +67,8 @@ class ValidTargets:
         """
         if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
             raise ValueError(f"targets must be integers; their dtype is {targets.dtype}.")
+        # In int64, since a byte cannot be compared with -100.
+        targets = targets.long()
         mask = targets != ignore_index
         outside = mask & ((targets < 0) | (targets >= vocab_size))
         valid_count, outside_count = torch.stack((mask.sum(), outside.sum())).tolist()
@@ -76,7 +78,7 @@ class ValidTargets:
                 f"[0, {vocab_size}), the first being {targets[outside][0].item()}. Do tokenizer and "
                 f"model match? A position to be skipped must hold ignore_index={ignore_index}."
             )
-        flat = targets.reshape(-1).long()
+        flat = targets.reshape(-1)
         if valid_count == flat.numel():
             return cls(mask, None, flat)
         rows = torch.nonzero_static(mask.reshape(-1), size=valid_count).squeeze(1)

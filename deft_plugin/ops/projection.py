@@ -50,9 +50,21 @@ class LogitsTransform:
         return derivative
 
 
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype `torch.nn.functional.linear` would multiply in, mixed dtypes being promoted."""
+    device_type = hidden.device.type
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    # Autocast leaves float64 alone.
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
 def project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitsTransform
 ) -> Tensor:
     """Full logits (N, V) in float32 or float64, differentiable. Shapes as in `linear_gated_loss`."""
-    logits = functional.linear(hidden, weight, bias)
+    dtype = product_dtype(hidden, weight)
+    bias = None if bias is None else bias.to(dtype)
+    logits = functional.linear(hidden.to(dtype), weight.to(dtype), bias)
     return transform(logits if logits.dtype == torch.float64 else logits.float())
