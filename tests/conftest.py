@@ -1,7 +1,21 @@
 """Shared by all tests: one thread per process, no hub."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def own_objectives() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    from deft_plugin.objectives import registry
+
+    built_in = dict(registry._OBJECTIVES)
+    yield
+    registry._OBJECTIVES.clear()
+    registry._OBJECTIVES.update(built_in)

@@ -53,7 +53,7 @@ class Objective:
         with torch.inference_mode(False), torch.enable_grad():
             # A copy, since autograd does not take tensors made in inference mode.
             statistics = statistics.clone()
-            log_p = statistics.log_p.clone().requires_grad_()
+            log_p = statistics.log_p.detach().requires_grad_()
             loss = self.loss(log_p, statistics)
             if loss.shape != log_p.shape:
                 raise ValueError(

@@ -47,10 +47,10 @@ class TokenStatistics:
         return self.log_p.exp()
 
     def clone(self) -> TokenStatistics:
-        """A copy that shares no memory."""
+        """A detached copy that shares no memory."""
         # Read past the guard below: a statistic that was not asked for stays None.
         copies: dict[str, Any] = {
-            name: value.clone() if isinstance(value, Tensor) else value
+            name: value.detach().clone() if isinstance(value, Tensor) else value
             for name, value in self.__dict__.items()
         }
         return TokenStatistics(**copies)
