@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..objectives import Objective, TokenStatistics
 from .projection import LogitsTransform
@@ -178,10 +177,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         return losses.sum(), losses, gate, skipped, *values
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, total_gradient: Tensor | None, loss_gradients: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         gate, hidden_gradient, weight_gradient, bias_gradient, *inputs = ctx.saved_tensors
         head: Head = ctx.head
         if total_gradient is None and loss_gradients is None:
@@ -222,6 +221,20 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             scaled(bias_gradient, upstream, ctx.dtypes[2]),
             None,
             None,
+        )
+
+
+def refuse_second_derivative() -> None:
+    """Raise `RuntimeError` in a backward pass with create_graph=True.
+
+    Gradients formed in the forward pass are constants to autograd: a penalty on them, or a Hessian, would
+    silently miss the loss's own curvature. (`once_differentiable` refuses only upstream gradients
+    that require gradients.)
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "This loss has no second derivative (create_graph=True). path='reference' of "
+            "linear_gated_loss has one."
         )
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..objectives import Objective, TokenStatistics, build_objective
-from .chunked import default_tile_rows
+from .chunked import default_tile_rows, refuse_second_derivative
 from .output import GatedLoss, Reduction, ValidTargets, assemble, check_reduction
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
@@ -90,8 +89,8 @@ class _TokenLossOfLogits(torch.autograd.Function):
         return objective.loss(statistics.log_p, statistics), gate, *values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         logits, gate = ctx.saved_tensors
         row_scale = (gate * upstream).unsqueeze(1)
         gradient = torch.zeros_like(logits)

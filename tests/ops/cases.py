@@ -1,0 +1,180 @@
+"""Inputs for the core, its paths, and the loss of a case by each path and by the formula."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deft_plugin import GatedLoss, Objective, gated_loss, linear_gated_loss
+
+from .formulas import formula_losses
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+_TRITON_RUNS = DEVICE.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+# Paths of the core with tiles, those of `linear_gated_loss`, those that form gradients without autograd
+# of the formula, and all. "logits" is `gated_loss` on the case's logits.
+TILED_PATHS = ["chunked", *(["triton"] if _TRITON_RUNS else [])]
+LINEAR_PATHS = ["reference", *TILED_PATHS]
+FUSED_PATHS = [*TILED_PATHS, "logits"]
+PATHS = ["reference", *FUSED_PATHS]
+
+OBJECTIVES: list[tuple[str, dict[str, Any]]] = [
+    ("nll", {}),
+    ("p", {}),
+    ("alpha", {}),
+    ("alpha", {"a": 0.0}),
+    ("alpha", {"a": 2.5}),
+    ("dft", {}),
+    ("eaft", {}),
+    ("eaft", {"k": 3, "normalizer": 1.0, "exponent": 2.0}),
+    ("eaft", {"entropy": "full", "exponent": 0.5}),
+    ("cayley", {}),
+    ("cayley_trans", {}),
+    ("cayley_trans", {"scope": "fixed", "mean_probability": 0.6, "floor_coefficient": 0.9}),
+    ("deft", {}),
+]
+with_objectives = pytest.mark.parametrize(
+    ("name", "parameters"),
+    [pytest.param(*objective, id=f"{objective[0]}-{objective[1]}") for objective in OBJECTIVES],
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of `linear_gated_loss`; tensors that require gradients are leaves."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+
+    def leaves(self) -> list[Tensor]:
+        tensors = (self.hidden, self.weight, self.bias)
+        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another dtype, as leaves of their own."""
+
+        def converted(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
+            return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
+
+        return dataclasses.replace(
+            self,
+            hidden=converted(self.hidden),
+            weight=converted(self.weight),
+            bias=converted(self.bias),
+        )
+
+    def logits(self) -> Tensor:
+        """softcap(scale * (hidden @ weight.T + bias)), differentiable, in the case's dtype."""
+        logits = self.hidden @ self.weight.T
+        if self.bias is not None:
+            logits = logits + self.bias
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def random_case(
+    count: int = 24,
+    vocab_size: int = 50,
+    *,
+    hidden_size: int = 8,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    masked_share: float = 0.0,
+    logit_std: tuple[float, float] = (0.1, 10.0),
+    trainable: Sequence[str] = ("hidden", "weight", "bias"),
+    seed: int = 0,
+) -> Case:
+    """Random hidden states whose rows go from undecided to certain predictions, half of them right.
+
+    Args:
+        masked_share: share of the targets that hold ignore_index.
+        logit_std: standard deviation of the first and of the last row's logits, roughly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    spread = torch.logspace(*torch.tensor(logit_std).log10().tolist(), count, dtype=torch.float64)
+    hidden = normal(count, hidden_size) * spread.unsqueeze(1) / hidden_size**0.5
+    weight = normal(vocab_size, hidden_size)
+    targets = torch.randint(vocab_size, (count,), generator=generator)
+    right = torch.rand(count, generator=generator) < 0.5
+    targets = torch.where(right, (hidden @ weight.T).argmax(1), targets)
+    masked = torch.rand(count, generator=generator) < masked_share
+    case = Case(
+        hidden=hidden,
+        weight=weight,
+        targets=targets.masked_fill(masked, -100).to(DEVICE),
+        bias=normal(vocab_size) if bias else None,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    tensors = {
+        name: tensor.to(DEVICE, dtype).requires_grad_(name in trainable)
+        for name in ("hidden", "weight", "bias")
+        if (tensor := getattr(case, name)) is not None
+    }
+    return dataclasses.replace(case, **tensors)
+
+
+def gated(path: str, case: Case, objective: str | Objective = "deft", **options: Any) -> GatedLoss:
+    """The case's loss by one path."""
+    options.setdefault("ignore_index", case.ignore_index)
+    if path == "logits":
+        options.pop("tile_rows", None)
+        return gated_loss(case.logits(), case.targets, objective, **options)
+    return linear_gated_loss(
+        case.hidden,
+        case.weight,
+        case.targets,
+        objective,
+        bias=case.bias,
+        logit_scale=case.logit_scale,
+        softcap=case.softcap,
+        path=path,  # type: ignore[arg-type]
+        **options,
+    )
+
+
+def formula(case: Case, name: str, parameters: dict[str, Any]) -> Tensor:
+    """Per-token losses by the formula, in the targets' shape, 0 where ignored."""
+    mask = case.targets != case.ignore_index
+    token_loss = formula_losses(case.logits()[mask], case.targets[mask], name, **parameters)
+    return token_loss.new_zeros(mask.shape).masked_scatter(mask, token_loss)
+
+
+def gradients(loss: Tensor, case: Case, **options: Any) -> list[Tensor]:
+    """Of the case's leaves."""
+    return list(torch.autograd.grad(loss, case.leaves(), **options))
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """||actual - expected|| / ||expected||, in float64."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = torch.linalg.vector_norm(actual - expected).item()
+    # 0 against 0 is no error.
+    return difference / norm if (norm := torch.linalg.vector_norm(expected).item()) else difference
+
+
+def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative error of several tensors."""
+    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
