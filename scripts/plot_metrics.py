@@ -15,51 +15,75 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import typer
+from matplotlib.ticker import MaxNLocator
 
-# One panel each: title, the metrics in it, whether its axis is [0, 1].
-PANELS = (
-    ("loss, in nats", ("objective_loss", "nll"), False),
+# Panels: title, metrics and their labels, whether the axis is [0, 1]. A panel without data is left out.
+PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
+    ("Loss (nats per token)", {"objective_loss": "objective", "nll": "nll"}, False),
     (
-        "focus, gate and target probability",
-        ("mean_focus", "mean_gate", "mean_target_probability"),
+        "Gate and what it is made of",
+        {"mean_gate": "gate", "mean_focus": "focus", "mean_target_probability": "target probability"},
         True,
     ),
-    ("entropy, in nats", ("entropy",), False),
-    ("share of tokens", ("mean_token_accuracy", "closed_gate_share"), True),
-)
+    ("Entropy of the predictions (nats)", {"entropy": "entropy"}, False),
+    (
+        "Share of tokens",
+        {"mean_token_accuracy": "predicted right", "closed_gate_share": "gate below 0.1"},
+        True,
+    ),
+)  # fmt: skip
+# TRL's own losses are logged under this name alone.
+OWN_LOSS = ("Loss", {"loss": "loss"}, False)
 
 
 def plot_metrics(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the training (line) and held-out (dots) metrics of a trainer's log as a PNG at `path`."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
-    figure.suptitle(title)
-    for axis, (panel, names, is_share) in zip(axes.flat, PANELS, strict=True):
-        for index, name in enumerate(names):
-            colour = f"C{index}"
-            label = name.replace("_", " ")
-            trained = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-            held_out = [
-                (entry["step"], entry[f"eval_{name}"])
-                for entry in log_history
-                if f"eval_{name}" in entry
-            ]
-            if trained:
-                axis.plot(*zip(*trained, strict=True), color=colour, label=label)
-            if held_out:
-                axis.plot(
-                    *zip(*held_out, strict=True), "o--", color=colour, alpha=0.6, linewidth=0.8,
-                    label=f"{label}, held out",
-                )  # fmt: skip
+    """Draw the metrics of a trainer's log as a PNG at `path`: training as lines, held out as dots.
+
+    Raises:
+        ValueError: the log has none of the metrics.
+    """
+    logged = {name.removeprefix("eval_") for entry in log_history for name in entry}
+    candidates = PANELS if "objective_loss" in logged else (OWN_LOSS, *PANELS)
+    panels = [panel for panel in candidates if logged & panel[1].keys()]
+    if not panels:
+        raise ValueError(
+            f"The log has no metrics to plot, only {', '.join(sorted(logged)) or 'no entries'}."
+        )
+    rows = (len(panels) + 1) // 2
+    figure, axes = plt.subplots(
+        rows, 2, figsize=(10, 0.5 + 3 * rows), sharex=True, squeeze=False, layout="constrained"
+    )
+    figure.suptitle(f"{title}\nlines: training, dots: held out", fontsize=11)
+    for axis, (panel, labels, is_share) in zip(axes.flat, panels, strict=False):
+        for index, (name, label) in enumerate(labels.items()):
+            trained = _series(log_history, name)
+            held_out = _series(log_history, f"eval_{name}")
+            if trained or held_out:
+                axis.plot(*_columns(trained), color=f"C{index}", label=label)
+                axis.plot(*_columns(held_out), "o", color=f"C{index}", markersize=5)
         axis.set_title(panel, fontsize=10)
+        axis.tick_params(labelbottom=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if is_share:
-            axis.set_ylim(-0.02, 1.02)
+            axis.set_ylim(-0.03, 1.03)
+        else:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        if axis.has_data():
-            axis.legend(fontsize=8)
-    for axis in axes[-1]:
-        axis.set_xlabel("optimizer step")
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.supxlabel("optimizer step", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _series(log_history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    """Values by step; the last one where a step was logged twice."""
+    return {entry["step"]: entry[name] for entry in log_history if name in entry}
+
+
+def _columns(series: dict[int, float]) -> tuple[list[int], list[float]]:
+    return list(series), list(series.values())
 
 
 def main(

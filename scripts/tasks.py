@@ -16,11 +16,10 @@ The words and sentences in the questions are English: a list of 150 000 words an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import reasoning_gym
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.nn import functional
@@ -111,6 +110,12 @@ def make_mixture(
 
 def _distinct_rows(task: Task, seed: int) -> Iterator[dict[str, Any]]:
     """An endless stream of rows in which no question comes twice, not even in another letter case."""
+    try:
+        import reasoning_gym  # here, because its import takes seconds which other data need not wait
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"The task {task.name!r} needs reasoning_gym (Python >= 3.11): pip install reasoning-gym"
+        ) from None
     # reasoning_gym makes each question from (seed + index), so neighbouring seeds give nearly the same
     # questions; seeds are set far apart here.
     dataset = reasoning_gym.create_dataset(
@@ -138,6 +143,8 @@ def is_correct(row: Mapping[str, Any], answer: str) -> bool:
 
     A question with several right answers, such as a palindrome from given letters, accepts each of them.
     """
+    import reasoning_gym
+
     score = reasoning_gym.get_score_answer_fn(row["task"])
     return score(answer, json.loads(row["entry"])) == 1.0
 
@@ -156,7 +163,7 @@ def evaluate(
     total, count = 0.0, 0
     with torch.inference_mode():
         for batch in rows.iter(batch_size):
-            answers += _greedy_answers(model, tokenizer, batch["prompt"], max_new_tokens)
+            answers += greedy_answers(model, tokenizer, batch["prompt"], max_new_tokens)
             batch_total, batch_count = _answer_nll(model, tokenizer, batch)
             total, count = total + batch_total, count + batch_count
     model.train(was_training)
@@ -164,19 +171,26 @@ def evaluate(
     return Evaluation(correct / len(rows), total / count, answers)
 
 
-def _greedy_answers(
+def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
-    max_new_tokens: int,
+    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+    max_new_tokens: int = 64,
 ) -> list[str]:
-    inputs = tokenizer.apply_chat_template(
-        prompts,
-        add_generation_prompt=True,
+    """What the model says to each prompt, all of them texts or all of them lists of messages."""
+    texts = [
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        for prompt in prompts
+    ]
+    inputs = tokenizer(
+        texts,
+        # A chat template writes the special tokens itself.
+        add_special_tokens=isinstance(prompts[0], str),
         padding=True,
-        tokenizer_kwargs={"padding_side": "left"},
+        padding_side="left",
         return_tensors="pt",
-        return_dict=True,
     ).to(model.device)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     new_tokens = output[:, inputs["input_ids"].shape[1] :]

@@ -2,40 +2,43 @@
 
     python scripts/train.py                                     # shipped model and task, no hub, no GPU
     python scripts/train.py --loss-type cayley_trans --loss-kwargs '{"floor_coefficient": 0.3}'
-    python scripts/train.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --max-length 1024
+    python scripts/train.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 2e-4 \\
+        --batch-size 4 --accumulation 8 --max-length 1024
 
 The base model is loaded in 4 bit (NF4), LoRA adapters are fitted with TRL's SFTTrainer and the chosen
 objective, and held-out figures before and after are printed as a table. The adapter is saved, loaded again onto
-a fresh base model and used to generate. Everything is written to --output: the adapter, the held-out
-figures (results.json), the training log (trainer_state.json) and its plot (metrics.png).
+a fresh base model and used to generate. --output gets the adapter, the figures (results.json), the trainer's
+log (trainer_state.json) and its plot (metrics.png).
 """
 
 from __future__ import annotations
 
+import quiet  # noqa: F401
+
+# isort: split
+import gc
 import json
-import os
+import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import typer
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from data import load_data
+from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from plot_metrics import plot_metrics
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from tasks import FINE_TUNING_TASKS, evaluate, make_splits
+from report import ConsoleLog, answers_table, console, results_table
+from tasks import FINE_TUNING_TASKS, evaluate, greedy_answers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 
@@ -44,155 +47,130 @@ from deft_plugin.quantization import keep_cpu_weights_unpacked
 from deft_plugin.trl import SFTConfig, SFTTrainer
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
-LOGGED = {
-    "nll": "nll",
-    "mean_token_accuracy": "accuracy",
-    "mean_focus": "focus",
-    "mean_gate": "gate",
-}
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+# For base models that have none; an answer ends with the token that generation stops at.
+CHAT_TEMPLATE = (
+    "{{- bos_token if bos_token -}}"
+    "{%- for message in messages -%}"
+    "{{- '### ' + message['role'] + '\n' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}"
+    "{{- message['content'] -}}"
+    "{%- endif -%}"
+    "{{- '\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '### assistant\n' -}}{%- endif -%}"
+)
+SHOWN = 4  # answers in the table at the end
+COMPARED = 64  # answers of the reloaded adapter that are compared with those before it was saved
 
-console = Console()
+
+Prompt: TypeAlias = str | list[dict[str, str]]
 
 
-@dataclass
-class Figures:
-    """Held-out figures of one model by name, and its greedy answers where the data is a task."""
+@dataclass(frozen=True)
+class HeldOut:
+    """What a model does on the held-out split: figures by name, and answers to the first prompts."""
 
-    values: dict[str, float]
-    answers: list[str] = field(default_factory=list)
+    figures: dict[str, float]
+    answers: list[str]
 
 
-class ConsoleLog(TrainerCallback):
-    """A progress bar, and one aligned line of metrics for every logged step."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("fine-tuning"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
-            TimeRemainingColumn(), console=console,
-        )  # fmt: skip
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar."""
-        self.bar = self.progress.add_task("train", total=state.max_steps)
-        self.progress.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        self.progress.update(self.bar, completed=state.global_step)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Print the metrics of a training window."""
-        if logs and "objective_loss" in logs:
-            columns = "  ".join(
-                f"{short} {logs[name]:.3f}" for name, short in LOGGED.items() if name in logs
-            )
-            console.print(f"step {state.global_step:5}  loss {logs['loss']:.3f}  {columns}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the bar."""
-        self.progress.stop()
+def load_tokenizer(name: str, chat_template: Path | None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token and a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {name!r} is neither a model's folder nor a model on the hub: {error}"
+        ) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text()
+    elif tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def load_base(name: str, four_bit: bool) -> PreTrainedModel:
-    """The base model, in 4 bit unless told otherwise, on this process's GPU or on the CPU."""
-    on_gpu = torch.cuda.is_available()
-    compute_dtype = torch.bfloat16 if on_gpu else torch.float32
+    """The base model, in 4 bit unless told otherwise, on the GPU if there is one."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=compute_dtype,
-        bnb_4bit_use_double_quant=on_gpu,
+        bnb_4bit_compute_dtype=DTYPE,
+        bnb_4bit_use_double_quant=ON_GPU,
     )
     model = AutoModelForCausalLM.from_pretrained(
         name,
         quantization_config=quantization if four_bit else None,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"},
-        dtype=compute_dtype,
+        device_map="auto" if ON_GPU else {"": "cpu"},
+        dtype=DTYPE,
     )
     keep_cpu_weights_unpacked(model)
     return model
 
 
-def load_data(dataset: str, train_rows: int, held_out_rows: int, seed: int) -> DatasetDict:
-    """Splits `train` and `held_out` of a shipped task, a folder or file on disk, or a hub data set."""
-    if dataset in FINE_TUNING_TASKS:
-        return make_splits(FINE_TUNING_TASKS[dataset], train_rows, held_out_rows, seed)
-    path = Path(dataset)
-    if path.is_file():
-        data = load_dataset("json", data_files=str(path))
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        data = load_from_disk(str(path))
+def prompt_and_reference(row: dict[str, Any]) -> tuple[Prompt, str]:
+    """A row in two: what a model is asked, and the text that is expected of it."""
+    if "messages" in row:
+        prompt, reference = row["messages"][:-1], row["messages"][-1:]
+    elif "text" in row:
+        half = len(row["text"]) // 2
+        prompt, reference = row["text"][:half], row["text"][half:]
     else:
-        data = load_dataset(dataset)
-    splits = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
-    if "train" not in splits:
-        raise typer.BadParameter(f"{dataset!r} has no split 'train', but {', '.join(splits)}.")
-    train = splits["train"].shuffle(seed)
-    for name in ("held_out", "test", "validation"):
-        if name in splits:
-            held_out = splits[name].shuffle(seed)
-            break
-    else:
-        parts = train.train_test_split(min(held_out_rows, max(1, len(train) // 10)), seed=seed)
-        train, held_out = parts["train"], parts["test"]
-    return DatasetDict(
-        train=train.select(range(min(train_rows, len(train)))),
-        held_out=held_out.select(range(min(held_out_rows, len(held_out)))),
-    )
+        prompt, reference = row["prompt"], row["completion"]
+    return prompt, reference if isinstance(reference, str) else reference[-1]["content"]
 
 
-def measure(trainer: SFTTrainer, tokenizer: Any, held_out: Dataset, is_task: bool) -> Figures:
-    """Held-out figures of the trainer's model: its metrics and, for a task, exact-match accuracy."""
+def measure(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> HeldOut:
+    """The trainer's held-out metrics and some answers; of a task, the accuracy of all its answers."""
     metrics = trainer.evaluate()
-    values = {name: metrics[f"eval_{name}"] for name in METRICS if f"eval_{name}" in metrics}
-    if not is_task:
-        return Figures(values)
-    result = evaluate(trainer.model, tokenizer, held_out)
-    return Figures({"accuracy": result.accuracy, **values}, result.answers)
+    # "loss" is for TRL's own losses, which have few metrics; it is nll under loss_type="nll".
+    names = METRICS if "eval_nll" in metrics else ("loss", "entropy", "mean_token_accuracy")
+    figures = {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}
+    if "task" in rows.column_names:
+        result = evaluate(trainer.model, tokenizer, rows, batch_size=COMPARED)
+        return HeldOut(
+            {"accuracy": result.accuracy, "nll": result.nll, **figures}, result.answers[:COMPARED]
+        )
+    prompts = [prompt_and_reference(row)[0] for row in rows.take(min(SHOWN, len(rows)))]
+    return HeldOut(figures, greedy_answers(trainer.model, tokenizer, prompts))
 
 
-def results_table(before: Figures, after: Figures, title: str) -> Table:
-    """The held-out figures before and after, one line each."""
-    table = Table(title=title)
-    for column in ("held out", "before", "after"):
-        table.add_column(column, justify="left" if column == "held out" else "right")
-    for name, value in before.values.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}", f"{after.values[name]:.4f}")
-    return table
-
-
-def show_answers(held_out: Dataset, before: Figures, after: list[str], count: int = 4) -> None:
-    """Print some held-out questions with the answers of the base model and of the reloaded adapter."""
-    table = Table(title="answers of the reloaded adapter")
-    for column in ("question", "expected", "base model", "with adapter"):
-        table.add_column(column)
-    for row, base_answer, answer in zip(held_out, before.answers, after[:count], strict=False):
-        expected = row["completion"][0]["content"]
-        table.add_row(row["prompt"][0]["content"], expected, base_answer, answer)
-    console.print(table)
-
-
-def parse_json(text: str | None) -> Mapping[str, Any] | None:
-    """A JSON object given on the command line."""
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"--loss-kwargs {text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"--loss-kwargs {text!r} must be a JSON object.")
-    return value
+def save_whole(trainer: SFTTrainer, folder: Path) -> None:
+    """Save adapter and tokenizer so that `folder` has all of it or, after an interruption, what it had."""
+    partial = folder.with_name(folder.name + ".partial")
+    trainer.save_model(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def main(
     model: str = typer.Option(str(BASE_MODEL), help="Base model: a folder, or a name on the hub."),
     dataset: str = typer.Option(
         "spell_backward",
-        help=f"A shipped task ({', '.join(FINE_TUNING_TASKS)}), a .jsonl file, a folder, or a name on the "
-        "hub, in any of TRL's formats.",
+        help=f"A task ({', '.join(FINE_TUNING_TASKS)}), a file, a folder, or a name on the hub, in any of "
+        "TRL's formats.",
+    ),
+    dataset_config: str | None = typer.Option(None, help="Configuration of a hub data set."),
+    train_split: str = typer.Option("train", help="Split to train on."),
+    held_out_split: str | None = typer.Option(
+        None,
+        help="Split to measure on; by default test or validation, else a tenth of the training split.",
+    ),
+    columns: str | None = typer.Option(
+        None,
+        help="Columns without TRL's names: 'question,answer' for prompt and completion, or one of texts or "
+        "messages.",
+    ),
+    chat_template: Path | None = typer.Option(
+        None,
+        exists=True,
+        dir_okay=False,
+        help="A Jinja file in place of the model's chat template.",
     ),
     loss_type: str = typer.Option("deft", help="Objective; `deft objectives` lists them."),
     loss_kwargs: str | None = typer.Option(None, help="The objective's parameters, as JSON."),
@@ -201,10 +179,16 @@ def main(
     batch_size: int = typer.Option(32, min=1, help="Examples per forward pass."),
     accumulation: int = typer.Option(1, min=1, help="Forward passes per step."),
     learning_rate: float = typer.Option(
-        2e-3, min=0.0, help="Peak, after 5 % warm-up; then cosine."
+        2e-3,
+        min=0.0,
+        help="Peak, after 5 % warm-up; then cosine. Large models need less, about 2e-4.",
     ),
     rank: int = typer.Option(16, min=1, help="Rank of LoRA; alpha is twice that."),
     max_length: int = typer.Option(256, min=2, help="Tokens per example; longer ones are cut."),
+    packing: bool = typer.Option(False, help="Put several examples into a row of --max-length."),
+    assistant_only: bool = typer.Option(
+        False, help="Of messages, train on what the assistant says."
+    ),
     train_rows: int = typer.Option(8000, min=1, help="Training examples to use."),
     held_out_rows: int = typer.Option(256, min=1, help="Held-out examples to use."),
     four_bit: bool = typer.Option(True, help="Load the base model in 4 bit."),
@@ -213,80 +197,108 @@ def main(
     """Fit a LoRA adapter to a 4-bit base model with a gated objective, and show what it learnt."""
     start = time.monotonic()
     set_seed(seed)
-    is_task = dataset in FINE_TUNING_TASKS
-    arguments = SFTConfig(
-        output_dir=str(output),
-        loss_type=loss_type,
-        loss_kwargs=parse_json(loss_kwargs),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        max_length=max_length,
-        logging_steps=max(1, steps // 20),
-        eval_strategy="steps",
-        eval_steps=max(1, steps // 4),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=torch.cuda.is_available(),
-        gradient_checkpointing=torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=seed,
-    )
+    try:
+        arguments = SFTConfig(
+            output_dir=str(output),
+            loss_type=loss_type,
+            loss_kwargs=loss_kwargs,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, steps // 20),
+            max_length=max_length,
+            packing=packing,
+            assistant_only_loss=assistant_only,
+            logging_steps=max(1, steps // 20),
+            eval_strategy="steps",
+            eval_steps=max(1, steps // 4),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not ON_GPU,
+            bf16=ON_GPU,
+            gradient_checkpointing=ON_GPU,
+            dataloader_pin_memory=ON_GPU,
+            seed=seed,
+        )
+        tokenizer = load_tokenizer(model, chat_template)
+        data = load_data(
+            dataset,
+            train_rows,
+            held_out_rows,
+            seed,
+            config=dataset_config,
+            train_split=train_split,
+            held_out_split=held_out_split,
+            columns=columns,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from None
+    held_out = data["held_out"]
+
     console.rule(f"{loss_type} on {dataset}")
-    data = load_data(dataset, train_rows, held_out_rows, seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
     trainer = SFTTrainer(
         model=load_base(model, four_bit),
         args=arguments,
         train_dataset=data["train"],
-        eval_dataset=data["held_out"],
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
-        callbacks=[ConsoleLog()],
+        callbacks=[log := ConsoleLog()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        # TRL rounds the adapters of a 4-bit model to bf16, where the small steps of a schedule's end are
+        # lost, and an adapter that is loaded again computes in float32.
+        parameter.data = parameter.data.float()
     console.print(
-        f"{len(data['train'])} training and {len(data['held_out'])} held-out examples; "
-        f"{trainable:,} trainable parameters"
+        f"{len(data['train'])} training and {len(held_out)} held-out examples; "
+        f"{sum(p.numel() for p in trainable):,} trainable parameters"
     )
     console.print("Measuring the base model ...")
-    before = measure(trainer, tokenizer, data["held_out"], is_task)
-    trainer.train()
+    before = measure(trainer, tokenizer, held_out)
+    before_log = trainer.state.log_history
+    with log:
+        trainer.train()
+    trainer.state.log_history = before_log + trainer.state.log_history
     console.print("Measuring the fine-tuned model ...")
-    after = measure(trainer, tokenizer, data["held_out"], is_task)
-    console.print(results_table(before, after, f"{loss_type} on {dataset}, {steps} steps"))
+    after = measure(trainer, tokenizer, held_out)
+    console.print(
+        results_table(before.figures, after.figures, f"{loss_type} on {dataset}, {steps} steps")
+    )
 
-    trainer.save_model()
+    save_whole(trainer, output / "adapter")
     trainer.save_state()
-    results = {"loss_type": loss_type, "before": before.values, "after": after.values}
+    results = {"loss_type": loss_type, "before": before.figures, "after": after.figures}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_metrics(trainer.state.log_history, output / "metrics.png", f"{loss_type} on {dataset}")
 
-    reloaded = PeftModel.from_pretrained(load_base(model, four_bit), str(output))
-    if is_task:
-        answers = evaluate(reloaded, tokenizer, data["held_out"].select(range(32))).answers
-        same = sum(a == b for a, b in zip(answers, after.answers, strict=False))
-        show_answers(data["held_out"], before, answers)
-        console.print(
-            f"{same} of {len(answers)} answers are those of the model before it was saved."
-        )
-    else:
-        prompt = tokenizer("The", return_tensors="pt").to(reloaded.device)
-        output_ids = reloaded.generate(**prompt, max_new_tokens=32, do_sample=False)
-        console.print("Generated:", tokenizer.decode(output_ids[0]))
+    del trainer
+    gc.collect()  # so that a GPU need not hold the base model twice
+    reloaded = PeftModel.from_pretrained(load_base(model, four_bit), str(output / "adapter"))
+    asked = [prompt_and_reference(row) for row in held_out.take(len(after.answers))]
+    prompts, references = zip(*asked, strict=True)
+    answers = greedy_answers(reloaded, tokenizer, prompts)
     console.print(
-        f"Adapter, figures and plot are in {output}. {time.monotonic() - start:.0f} seconds."
+        answers_table(
+            prompts[:SHOWN], expected=references, base_model=before.answers, adapter=answers
+        )
     )
+    same = sum(a == b for a, b in zip(answers, after.answers, strict=True))
+    console.print(
+        f"The reloaded adapter gives {same} of {len(answers)} answers as before it was saved."
+    )
+    console.print(f"Results are in {output}. {time.monotonic() - start:.0f} seconds.")
 
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()
