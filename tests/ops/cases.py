@@ -99,11 +99,13 @@ def random_case(
     masked_share: float = 0.0,
     logit_std: tuple[float, float] = (0.1, 10.0),
     trainable: Sequence[str] = ("hidden", "weight", "bias"),
+    identity: bool = False,
     seed: int = 0,
 ) -> Case:
     """Random hidden states whose rows go from undecided to certain predictions, half of them right.
 
     Args:
+        identity: make the weight the identity, so that hidden states are logits, without rounding.
         masked_share: share of the targets that hold ignore_index.
         logit_std: standard deviation of the first and of the last row's logits, roughly.
     """
@@ -112,9 +114,13 @@ def random_case(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
+    if identity:
+        hidden_size = vocab_size
     spread = torch.logspace(*torch.tensor(logit_std).log10().tolist(), count, dtype=torch.float64)
-    hidden = normal(count, hidden_size) * spread.unsqueeze(1) / hidden_size**0.5
-    weight = normal(vocab_size, hidden_size)
+    hidden = normal(count, hidden_size) * spread.unsqueeze(1)
+    weight = normal(vocab_size, hidden_size) / hidden_size**0.5
+    if identity:
+        weight = torch.eye(vocab_size, dtype=torch.float64)
     targets = torch.randint(vocab_size, (count,), generator=generator)
     right = torch.rand(count, generator=generator) < 0.5
     targets = torch.where(right, (hidden @ weight.T).argmax(1), targets)
