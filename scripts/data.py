@@ -80,7 +80,7 @@ def _load(name: str, config: str | None) -> DatasetDict:
         return load_dataset(name, config)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
-            f"--dataset {name!r} cannot be loaded: {textwrap.shorten(str(error), 300)} "
+            f"--dataset {name!r} cannot be loaded: {textwrap.shorten(str(error), 300).rstrip('.')}. "
             f"Choices: a task ({', '.join(FINE_TUNING_TASKS)}), a file ({', '.join(FILE_TYPES)}), a folder, a "
             "name on the hub."
         ) from None

@@ -19,6 +19,7 @@ import quiet  # noqa: F401
 import gc
 import json
 import shutil
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,8 @@ def load_tokenizer(name: str, chat_template: Path | None) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {name!r} is neither a model's folder nor a model on the hub: {error}"
+            f"--model {name!r} is neither a model's folder nor a model on the hub: "
+            f"{textwrap.shorten(str(error), 200)}"
         ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,75 @@
+"""The plot of a trainer's log."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+plot = pytest.importorskip("plot_metrics", reason="needs the extra `scripts`")
+
+WINDOW = {"loss": 2.0, "entropy": 1.0, "mean_token_accuracy": 0.5}
+GATED = {
+    **WINDOW,
+    "objective_loss": 2.0,
+    "nll": 2.5,
+    "mean_focus": 0.3,
+    "mean_gate": 0.6,
+    "mean_target_probability": 0.4,
+    "closed_gate_share": 0.1,
+}
+
+
+def log_history(metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """A held-out entry at step 0, and a training and a held-out entry at steps 10 and 20."""
+    held_out = {f"eval_{name}": value for name, value in metrics.items()}
+    windows = [{"step": step, **entry} for step in (10, 20) for entry in (metrics, held_out)]
+    return [{"step": 0, **held_out}, *windows, {"step": 20, "train_runtime": 1.0}]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures, kept from being closed."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    return figures
+
+
+@pytest.mark.parametrize(
+    ("metrics", "labels"),
+    [
+        (
+            GATED,
+            {"objective", "nll", "gate", "focus", "target probability", "entropy"}
+            | {"predicted right", "gate below 0.1"},
+        ),
+        (WINDOW, {"loss", "entropy", "predicted right"}),
+    ],
+    ids=["objective", "TRL's own loss"],
+)
+def test_each_logged_metric_is_drawn_for_training_and_held_out(
+    metrics: dict[str, float], labels: set[str], drawn: list[Any], tmp_path: Path
+) -> None:
+    plot.plot_metrics(log_history(metrics), tmp_path / "metrics.png", "title")
+    (figure,) = drawn
+    lines = [line for axis in figure.axes for line in axis.get_lines()]
+    assert {line.get_label() for line in lines if not line.get_label().startswith("_")} == labels
+    assert sorted(tuple(line.get_xdata()) for line in lines) == sorted(
+        [(10, 20), (0, 10, 20)] * len(labels)
+    )
+
+
+def test_the_png_is_as_large_as_a_page_is_wide(tmp_path: Path) -> None:
+    plot.plot_metrics(log_history(GATED), tmp_path / "metrics.png", "title")
+    header = (tmp_path / "metrics.png").read_bytes()[:24]
+    width, height = struct.unpack(">II", header[16:])
+    assert header.startswith(b"\x89PNG")
+    assert 1000 <= width <= 2000
+    assert 600 <= height <= 1500
+
+
+def test_a_log_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no metrics to plot, only step, train_runtime"):
+        plot.plot_metrics([{"step": 1, "train_runtime": 1.0}], tmp_path / "metrics.png", "title")
