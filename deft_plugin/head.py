@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .objectives import Objective, build_objective
@@ -86,44 +89,41 @@ class GatedHead:
         self.output_class = output_class
         self.transform = logits_transform(model)
         self._observer: Callable[[GatedLoss], None] | None = None
-        self._original_forward = model.forward
-        # None where the forward is the class's own, so that removal leaves no trace.
-        self._instance_forward = model.__dict__.get("forward")
-        self._forward_parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._own_class: Any = type(model)
+        # What install() takes off the instance, so that remove() leaves no trace.
+        self._own_attributes: dict[str, Any] = {}
 
     def install(self) -> None:
         """Replace the model's forward."""
-        head = self
-
-        # generate() checks its keyword arguments against the forward's signature.
-        @functools.wraps(type(self.model).forward)
-        def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-            return head.forward(*args, **kwargs)
-
-        self.model.forward = types.MethodType(forward, self.model)
+        attributes = self.model.__dict__
+        for name in ("forward", "accepts_loss_kwargs"):
+            if name in attributes:
+                self._own_attributes[name] = attributes.pop(name)
+        self.model.__class__ = _gated_class(self._own_class)
+        # transformers.Trainer then passes num_items_in_batch, whatever the model's own forward takes.
+        self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
 
     def remove(self) -> None:
         """Give the model its own forward back.
 
         Raises:
-            RuntimeError: something else (accelerate, another patch) has wrapped the forward since; the
-                gated head then stays, and has to be removed after that.
+            RuntimeError: something else (accelerate, FSDP, another patch) has wrapped the forward since;
+                the gated head then stays, and has to be removed after that.
         """
-        current = self.model.__dict__.get("forward")
+        gated_class = _gated_class(self._own_class)
         if getattr(self.model, _ATTRIBUTE, None) is not self:
             raise RuntimeError("This gated head is not on its model any more.")
-        closure = getattr(getattr(current, "__func__", None), "__closure__", None) or ()
-        if not any(cell.cell_contents is self for cell in closure):
+        outermost = getattr(self.model.forward, "__func__", None)
+        if type(self.model) is not gated_class or outermost is not gated_class.forward:
             raise RuntimeError(
                 "The model's forward was wrapped after the gated head was added. Undo that first, for "
                 "example with accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
             )
-        if self._instance_forward is None:
-            del self.model.forward
-        else:
-            self.model.forward = self._instance_forward
-        delattr(self.model, _ATTRIBUTE)
+        self.model.__class__ = self._own_class
+        for name in ("forward", "accepts_loss_kwargs", _ATTRIBUTE):
+            self.model.__dict__.pop(name, None)
+        self.model.__dict__.update(self._own_attributes)
 
     @contextmanager
     def observed_by(self, observer: Callable[[GatedLoss], None]) -> Iterator[None]:
@@ -134,21 +134,34 @@ class GatedHead:
         finally:
             self._observer = previous
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward: gated where labels are given, the original otherwise."""
-        kwargs = {**dict(zip(self._forward_parameters, args, strict=False)), **kwargs}
+    def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of `model`: gated where labels are given, its own otherwise.
+
+        Args:
+            model: `self.model`, or a replica of it in torch.nn.DataParallel.
+            args, kwargs: of the model's own forward; also `num_items_in_batch` and `shift_labels`.
+        """
         # TRL asks for the fused head that this one replaces.
         kwargs.pop("fused_lm_head", None)
-        if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
-            return self._original_forward(**kwargs)
-        return self._gated_forward(**kwargs)
+        # A forward on the instance is bound already: accelerate's hooks, another patch.
+        own_forward = self._own_attributes.get("forward") or functools.partial(
+            self._own_class.forward, model
+        )
+        positional = inspect.signature(own_forward).bind_partial(*args).arguments
+        # A TypeError where an argument is given twice.
+        arguments = dict(**positional, **kwargs)
+        if arguments.get("labels") is None and arguments.get("shift_labels") is None:
+            return own_forward(*args, **kwargs)
+        return self._gated_forward(model, **arguments)
 
     def _gated_forward(
         self,
+        model: PreTrainedModel,
         *,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        ignore_index: int = -100,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -158,41 +171,26 @@ class GatedHead:
                 f"logits_to_keep={logits_to_keep!r} together with labels is not supported by the gated "
                 "head, which builds no logits: leave it out, or call the model without labels."
             )
-        config = self.model.config.get_text_config()
-        if getattr(config, "output_router_logits", False):
+        if getattr(model.config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
         kwargs.update(use_cache=False, return_dict=True)
-        # Looked up on each call: PEFT and FSDP may have replaced them.
-        backbone = self.model.base_model(**kwargs)
+        backbone = model.base_model(**kwargs)
         hidden_states = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
             hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
         else:
             targets = shift_labels
-        weight, bias = head_parameters(self.model)
-        if isinstance(weight, DTensor):
-            weight = weight.full_tensor()
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
-        gated = linear_gated_loss(
-            hidden_states.to(weight.device),
-            weight,
-            targets.to(weight.device),
-            self.objective,
-            bias=bias,
-            logit_scale=self.transform.scale,
-            softcap=self.transform.softcap,
-            num_items_in_batch=num_items_in_batch,
-            with_entropy=self.with_entropy,
-            path=self.path,  # type: ignore[arg-type]
-            tile_rows=self.tile_rows,
-        )
+        gated = self._score(model, hidden_states, targets, num_items_in_batch, ignore_index)
         if self._observer is not None:
             self._observer(gated)
         loss, aux_loss = gated.loss, None
         if kwargs.get("output_router_logits"):
-            aux_loss = _auxiliary_loss(backbone.router_logits, config, kwargs.get("attention_mask"))
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss.to(loss.device)
+            aux_loss = auxiliary_loss(
+                self._own_class, model, backbone.router_logits, kwargs.get("attention_mask")
+            )
+            if aux_loss is not None:
+                loss = loss + auxiliary_coefficient(model) * aux_loss.to(loss.device)
         output = self.output_class(
             loss=loss,
             token_loss=gated.token_loss,
@@ -206,7 +204,78 @@ class GatedHead:
             hidden_states=getattr(backbone, "hidden_states", None),
             attentions=getattr(backbone, "attentions", None),
         )
-        return output.to_tuple() if return_dict is False else output
+        if return_dict is None:
+            return_dict = getattr(model.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
+
+    # Works on tensors whose sizes depend on the labels' values, which torch.compile cannot trace.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _score(
+        self,
+        model: PreTrainedModel,
+        hidden_states: Tensor,
+        targets: Tensor,
+        num_items_in_batch: int | Tensor | None,
+        ignore_index: int,
+    ) -> GatedLoss:
+        # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
+        layer = model.get_output_embeddings()
+        check_lm_head(layer)
+
+        def score(hidden_states: Tensor) -> dict[str, Any]:
+            weight, bias = _head_parameters(layer)
+            gated = linear_gated_loss(
+                hidden_states.to(weight.device),
+                weight,
+                targets.to(weight.device),
+                self.objective,
+                bias=bias,
+                logit_scale=self.transform.scale,
+                softcap=self.transform.softcap,
+                ignore_index=ignore_index,
+                num_items_in_batch=num_items_in_batch,
+                with_entropy=self.with_entropy,
+                path=self.path,  # type: ignore[arg-type]
+                tile_rows=self.tile_rows,
+            )
+            return dict(vars(gated))
+
+        if isinstance(layer, FSDPModule):
+            return GatedLoss(**_called_as(layer, score, hidden_states))
+        return GatedLoss(**score(hidden_states))
+
+
+@functools.cache
+def _gated_class(own_class: Any) -> Any:
+    """A subclass whose forward is that of the model's gated head.
+
+    A class, because a forward on the instance belongs to that instance: a deep copy's, an unpickled
+    model's or a DataParallel replica's would run the first model's weights, or be lost.
+    """
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, _ATTRIBUTE).forward(self, args, kwargs)
+
+    def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:
+        # Pickle finds classes by name, and would find the model's own one.
+        _, _, *state = super(gated_class, self).__reduce_ex__(protocol)
+        return (_empty_gated_model, (own_class,), *state)
+
+    # generate() and Trainer read argument names off the signature. Not functools.wraps: accelerate
+    # unwraps a model along __wrapped__, and would unwrap the head too.
+    forward.__signature__ = inspect.signature(own_class.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = own_class.forward.__doc__
+    # The model's own name, which is saved in config.json and looked up by transformers.
+    names = ("__module__", "__qualname__", "__doc__")
+    namespace = {name: getattr(own_class, name) for name in names}
+    namespace.update(forward=forward, __reduce_ex__=__reduce_ex__)
+    gated_class: Any = type(own_class.__name__, (own_class,), namespace)
+    return gated_class
+
+
+def _empty_gated_model(own_class: Any) -> PreTrainedModel:
+    gated_class = _gated_class(own_class)
+    return gated_class.__new__(gated_class)
 
 
 def add_gated_head(
@@ -226,8 +295,12 @@ def add_gated_head(
     original one. A PEFT model's base model is patched, so adapters and prompt tuning work as before.
     Add the head before the model is wrapped for distributed training.
 
-    Before it installs itself, the head compares its logits with those of the model's own forward on random
-    hidden states, so that an architecture which treats logits in a way unknown here is refused.
+    The model's class becomes a subclass of the same name. Deep copies, pickles and DataParallel replicas of the
+    model have the head too.
+
+    Before it installs itself, the head compares its logits and losses with those of the model's own
+    forward on random hidden states, so that an architecture which treats them in a way unknown here is
+    refused.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a PEFT model of one.
@@ -239,7 +312,8 @@ def add_gated_head(
 
     Raises:
         ValueError: a bad objective or parameter; a model without a plain linear lm_head (an adapter on it,
-            quantised, none); a multi-modal model; logits that differ from the model's own.
+            quantised, none); a multi-modal, encoder-decoder or masked LM; logits or an auxiliary loss that
+            differ from the model's own.
     """
     objective = build_objective(objective, parameters)
     if path not in PATHS:
@@ -253,7 +327,7 @@ def add_gated_head(
             "remove() it first."
         )
     head = GatedHead(model, objective, with_entropy, path, tile_rows, output_class)
-    _check_against_own_forward(model, head.transform)
+    check_against_own_forward(model, head.transform)
     head.install()
     return head
 
@@ -279,6 +353,13 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} is not a Hugging Face causal LM: it has no get_output_embeddings()."
         )
+    if getattr(model.config, "is_encoder_decoder", False) or (
+        LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss
+    ):
+        raise ValueError(
+            f"{name} is not a decoder-only causal LM: its labels are not the next token. Use "
+            "deft_plugin.gated_loss on its logits instead."
+        )
     if model.config.get_text_config() is not model.config:
         raise ValueError(
             f"{name} is multi-modal: the gated head supports text-only causal LMs. Load the language "
@@ -287,6 +368,11 @@ def check_model(model: PreTrainedModel) -> None:
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{name} has no lm_head: a causal LM is needed.")
+    check_lm_head(layer)
+
+
+def check_lm_head(layer: Any) -> None:
+    """Raise `ValueError` where the lm_head is more or less than a linear layer with a floating weight."""
     kind = type(layer).__name__
     if hasattr(layer, "lora_A") or hasattr(layer, "base_layer"):
         raise ValueError(
@@ -299,25 +385,23 @@ def check_model(model: PreTrainedModel) -> None:
             f"The lm_head is a {kind}; the gated head needs a plain torch.nn.Linear (or one in PEFT's "
             "modules_to_save)."
         )
-    if not layer.weight.is_floating_point():
+    weight = layer.weight
+    # Quantised weights are parameters of a class of their own, some with a floating dtype.
+    if type(weight) not in (nn.Parameter, Tensor, DTensor) or not weight.is_floating_point():
         raise ValueError(
-            f"The lm_head is quantised ({kind}, {layer.weight.dtype}). Keep it out of quantisation: "
-            'BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
+            f"The lm_head is quantised ({kind}, {type(weight).__name__} of {weight.dtype}). Keep it out of "
+            'quantisation: BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
         )
-
-
-def head_parameters(model: PreTrainedModel) -> tuple[Tensor, Tensor | None]:
-    """The lm_head's weight (V, H) and its bias (V,) or None."""
-    layer = model.get_output_embeddings()
-    return layer.weight, getattr(layer, "bias", None)
 
 
 def logits_transform(model: PreTrainedModel) -> LogitsTransform:
     """What the model does to its logits, read off its configuration."""
-    config = model.config.get_text_config()
+    config = model.config
 
     def value(name: str) -> float | None:
-        return getattr(config, name, None)
+        number = getattr(config, name, None)
+        # MPT's logit_scale may be a word, which its forward ignores.
+        return float(number) if isinstance(number, int | float) else None
 
     scale = 1.0
     for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -332,58 +416,145 @@ def logits_transform(model: PreTrainedModel) -> LogitsTransform:
     return LogitsTransform(scale, value("final_logit_softcapping"))
 
 
-def _auxiliary_loss(router_logits: Any, config: Any, attention_mask: Tensor | None) -> Tensor:
-    # The function that every mixture of experts in transformers shares.
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    return load_balancing_loss_func(
-        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+def auxiliary_loss(
+    own_class: type, model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None
+) -> Tensor | None:
+    """A mixture's load-balancing loss, scalar, by the function in the module of its class; None without one."""
+    function = getattr(sys.modules[own_class.__module__], "load_balancing_loss_func", None)
+    if function is None:
+        return None
+    loss: Tensor = function(
+        router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
     )
+    return loss
 
 
-def _check_against_own_forward(model: PreTrainedModel, transform: LogitsTransform) -> None:
-    """Compare logits on random hidden states that stand in for the backbone's."""
-    weight, bias = head_parameters(model)
-    if weight.device.type == "meta" or weight.numel() == 0 or isinstance(weight, DTensor):
+def auxiliary_coefficient(model: PreTrainedModel) -> float:
+    """The factor on the auxiliary loss; TRL sets it in the configuration, which some models lack it in."""
+    coefficient: float | None = getattr(model.config, "router_aux_loss_coef", None)
+    return float(model.router_aux_loss_coef) if coefficient is None else coefficient
+
+
+def check_against_own_forward(model: PreTrainedModel, transform: LogitsTransform) -> None:
+    """Raise `ValueError` where the model's logits or losses are not what the head takes them for.
+
+    Compared on a random output that stands in for the backbone's.
+    """
+    name = type(model).__name__
+    advice = "Use deft_plugin.gated_loss on its logits instead."
+    weight = model.get_output_embeddings().weight
+    if weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor):
         return  # Not loaded, or partitioned by ZeRO-3 or FSDP.
-    generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, 2, weight.size(1), generator=generator)
-    spread = weight.detach().float().std().item() * weight.size(1) ** 0.5
-    # Logits of some tens, where a softcap bends them.
-    hidden_states = (hidden_states * (20 / spread if spread > 0 else 1.0)).to(weight)
-    stand_in = _BackboneOutput(last_hidden_state=hidden_states)
-    backbone = model.base_model
-    present = backbone.__dict__.get("forward")
-    backbone.forward = lambda *args, **kwargs: stand_in
     try:
         with torch.no_grad():
-            input_ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
-            own = model(input_ids=input_ids, use_cache=False).logits.float()
-            ours = project(hidden_states, weight, bias, transform).float()
+            pairs = _own_and_expected(model, transform)
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__}: its forward does not have the form backbone, lm_head, logits that "
-            f"the gated head replaces ({type(error).__name__}: {error}). Use deft_plugin.gated_loss on its "
-            "logits instead."
+            f"{name}: its forward does not have the form backbone, lm_head, logits that the gated head "
+            f"replaces ({type(error).__name__}: {error}). {advice}"
         ) from error
-    finally:
-        if present is None:
-            del backbone.forward
+    for what, (own, expected) in pairs.items():
+        if own is None and expected is None:
+            continue
+        if own is None or expected is None:
+            wrong = f"the model has {'none' if own is None else 'one'}"
         else:
-            backbone.forward = present
-    difference = (own - ours).abs().max().item()
-    if own.shape != ours.shape or not difference <= 0.02 * max(ours.abs().max().item(), 1e-6):
+            difference = (own.float() - expected.float()).abs().max().item()
+            # Logits in bfloat16 are good to 1 %. The losses are of the same logits.
+            tolerance = 0.02 if what == "logits" else 0.001
+            if difference <= tolerance * max(own.abs().max().item(), 1e-6):
+                continue
+            wrong = f"it differs by {difference:.3g}, with {transform}"
         raise ValueError(
-            f"{type(model).__name__} treats its logits in a way that the gated head does not know: they "
-            f"differ from softcap(scale * lm_head(hidden_states)) by {difference:.3g}, with "
-            f"{transform}. Use deft_plugin.gated_loss on its logits instead."
+            f"{name}'s own forward gives another {what} than the gated head: {wrong}. {advice}"
         )
 
 
+def _own_and_expected(
+    model: PreTrainedModel, transform: LogitsTransform
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    layer: Any = model.get_output_embeddings()
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(1, 4, weight.size(1), generator=generator).to(weight)
+    # Logits of some tens, where a softcap bends them.
+    largest = functional.linear(hidden_states, weight).abs().max()
+    hidden_states.mul_(20 / largest.clamp(min=1e-6))
+    input_ids = torch.randint(weight.size(0), (1, 4), generator=generator).to(weight.device)
+    stand_in = _StandIn(last_hidden_state=hidden_states)
+    aux_loss = None
+    if getattr(model.config, "output_router_logits", False):
+        router_logits = torch.randn(4, getattr(model, "num_experts", 1), generator=generator)
+        stand_in["router_logits"] = (router_logits.to(weight.device),)
+        aux_loss = auxiliary_loss(type(model), model, stand_in.router_logits, None)
+    # The class's, since a trainer may have put a loss of its own on the instance.
+    own_forward = functools.partial(type(model).forward, model)
+    training = model.training
+    model.training = False  # Liger's forward gives logits in evaluation alone.
+    try:
+        with _forward_of(model.base_model, lambda *args, **kwargs: stand_in):
+            own = own_forward(input_ids=input_ids, use_cache=False, return_dict=True)
+            labelled = own_forward(input_ids=input_ids, labels=input_ids, use_cache=False)
+    finally:
+        model.training = training
+    loss = functional.cross_entropy(own.logits[0, :-1].float(), input_ids[0, 1:])
+    if aux_loss is not None:
+        loss = loss + model.router_aux_loss_coef * aux_loss
+    return {
+        "logits": (own.logits, project(hidden_states, weight, bias, transform)),
+        "auxiliary loss": (getattr(own, "aux_loss", None), aux_loss),
+        "loss": (labelled.loss, loss),
+    }
+
+
 @dataclass
-class _BackboneOutput(ModelOutput):
+class _StandIn(ModelOutput):
+    """A backbone's output, with None for whatever else a forward reads off it."""
+
     last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    router_logits: Any = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
+
+
+def _head_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The lm_head's weight (V, H) and its bias (V,) or None, whole where tensor parallelism shards them."""
+    weight, bias = layer.weight, getattr(layer, "bias", None)
+    if weight.is_meta:
+        raise ValueError(
+            "The lm_head's weight is offloaded (device_map), and the gated head reads it directly: give "
+            "lm_head a device."
+        )
+    # All ranks of tensor parallelism have the same gradient of the whole; each keeps its part.
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+    if isinstance(bias, DTensor):
+        bias = bias.full_tensor()
+    return weight, bias
+
+
+def _called_as(layer: Any, function: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
+    """`function(hidden_states)` as if it were the layer's forward, so that hooks on the layer run.
+
+    FSDP's gather the layer's parameters, and scatter and average their gradients; it finds the gradients by
+    the tensors in what is returned, a dict.
+    """
+    with _forward_of(layer, function):
+        return layer(hidden_states)
+
+
+@contextmanager
+def _forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Have `function` in place of the module's forward."""
+    present = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if present is None:
+            del module.forward
+        else:
+            module.forward = present
