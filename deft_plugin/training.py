@@ -43,6 +43,10 @@ class GatedTraining:
                 "batch has no labels, or something has replaced the model's forward or the trainer's loss."
             )
 
+    def start_training(self) -> None:
+        """Forget the unlogged rest of an earlier or interrupted training."""
+        self._train.reset()
+
     def train_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the logging window on all ranks, which ends here. Collective."""
         means = self._train.means(device)

@@ -70,11 +70,11 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     """
     original_init: Any = vars(cls).get("__init__") or cls.__init__  # type: ignore[misc]
     original_fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
-    original_annotations = dict(cls.__annotations__)
+    original_annotations = cls.__annotations__
 
     @functools.wraps(original_init)
     def __init__(self: Any, *args: Any, loss_kwargs: Any = None, **kwargs: Any) -> None:
-        self.loss_kwargs = loss_kwargs
+        self.loss_kwargs = None if loss_kwargs is None else _parse(loss_kwargs)
         original_init(self, *args, **kwargs)
         objective_of(self)
 
@@ -84,7 +84,7 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     loss_kwargs._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
     cls.loss_kwargs = None  # type: ignore[attr-defined]
-    cls.__annotations__["loss_kwargs"] = dict | str | None
+    cls.__annotations__ = {**original_annotations, "loss_kwargs": loss_kwargs.type}
     # A new dict: a subclass shares its parent's.
     cls.__dataclass_fields__ = {  # type: ignore[attr-defined]
         **original_fields,

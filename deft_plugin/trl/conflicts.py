@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+from accelerate.parallelism_config import ParallelismConfig
 
 from ..head import causal_lm_of, check_model
 from ..lora import targets_lm_head
@@ -18,16 +21,8 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
     """
     args = arguments["args"]
     model = arguments["model"]
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} cannot be combined with "
-            f"loss_type={loss_type!r}, which defines its own gradient on every token. Set it to 0."
-        )
-    if arguments.get("compute_loss_func") is not None:
-        raise ValueError(
-            f"compute_loss_func would replace loss_type={loss_type!r}. Leave one of them out; a loss of "
-            "your own can be an objective: see deft_plugin.objective."
-        )
+    _check_other_losses(args, arguments.get("compute_loss_func"), loss_type)
+    _check_parallelism(args, loss_type)
     liger = args.liger_kernel_config or {}
     if args.use_liger_kernel and (
         liger_is_whole or liger.get("fused_linear_cross_entropy") or liger.get("cross_entropy")
@@ -55,15 +50,60 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
         check_model(causal_lm_of(model))
 
 
-def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
-    targets = getattr(peft_config, "target_modules", None)
-    if targets_lm_head(targets):
+def check_unchanged(trainer: Any, loss_type: str) -> None:
+    """Raise `ValueError` where the trainer was told after its start to train something else."""
+    if trainer.args.loss_type != loss_type:
         raise ValueError(
-            f"peft_config.target_modules={targets!r} puts an adapter on lm_head, which "
-            f"loss_type={loss_type!r} does not support: the head's weight is used directly, so the adapter "
-            "would not be trained. Remove lm_head from target_modules; to train the head, put it into "
-            "modules_to_save."
+            f"args.loss_type was changed from {loss_type!r} to {trainer.args.loss_type!r} after the trainer "
+            "was made, where it has no effect. Make a new trainer."
         )
+    _check_other_losses(trainer.args, trainer.compute_loss_func, loss_type)
+    if trainer.label_smoother is not None:
+        raise ValueError(
+            f"trainer.label_smoother would replace loss_type={loss_type!r}: set it to None."
+        )
+
+
+def _check_other_losses(args: Any, compute_loss_func: Any, loss_type: str) -> None:
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} cannot be combined with "
+            f"loss_type={loss_type!r}, which defines its own gradient on every token. Set it to 0."
+        )
+    if compute_loss_func is not None:
+        raise ValueError(
+            f"compute_loss_func would replace loss_type={loss_type!r}. Leave one of them out; a loss of "
+            "your own can be an objective: see deft_plugin.objective."
+        )
+
+
+def _check_parallelism(args: Any, loss_type: str) -> None:
+    """Refuse what splits a sequence over ranks; TRL trains the model's own loss under one form of it."""
+    parallelism = args.parallelism_config
+    # What `accelerate launch` passes on; Accelerator reads the sizes from the environment too.
+    if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+        parallelism = ParallelismConfig()
+    for name in ("cp_size", "sp_size"):
+        size = getattr(parallelism, name, None)
+        if size is not None and size > 1:
+            raise ValueError(
+                f"parallelism_config.{name}={size} splits sequences over ranks, which loss_type={loss_type!r} "
+                f"does not support. Set {name}=1 and use data parallelism (DDP, FSDP, ZeRO), or train with "
+                "loss_type='nll'."
+            )
+
+
+def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
+    if targets_lm_head(getattr(peft_config, "exclude_modules", None)):
+        return
+    for field in ("target_modules", "target_parameters"):
+        targets = getattr(peft_config, field, None)
+        if targets_lm_head(targets):
+            raise ValueError(
+                f"peft_config.{field}={targets!r} puts an adapter on lm_head, which loss_type={loss_type!r} "
+                "does not support: the head's weight is used directly, so the adapter would not be trained. "
+                f"Remove lm_head from {field}; to train the head, put it into modules_to_save."
+            )
 
 
 def _check_text_only(name: str, args: Any, loss_type: str) -> None:

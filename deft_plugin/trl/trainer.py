@@ -4,7 +4,7 @@ A training run with an objective is TRL's own run in which
 
 1. conflicts are refused before anything is loaded;
 2. TRL is told one of its own loss types, whose code reads the loss off the model's output;
-3. the model has a gated head, whose output has the names that this code reads;
+3. the model has a gated head in place of TRL's, whose output has the names that this code reads;
 4. metrics of every scored token go to the log.
 
 TRL's normalisation, gradient accumulation, logging and evaluation are untouched.
@@ -15,25 +15,28 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from trl.trainer import utils as trl_utils
+from trl.trainer import sft_trainer
 
-from ..head import GatedCausalLMOutput, add_gated_head
+from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
+from ..objectives import Objective
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining
 from .config import SFTConfig, extend_config_class, objective_of
-from .conflicts import check_conflicts
+from .conflicts import check_conflicts, check_unchanged
 
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
-HAS_FUSED_HEAD = hasattr(trl_utils, "add_fused_lm_head")
+HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
+_ADDS_TRL_HEAD = "add_fused_lm_head" if HAS_FUSED_HEAD else "_patch_chunked_ce_lm_head"
 
 
 @dataclass
@@ -66,11 +69,20 @@ class TRLOutput(GatedCausalLMOutput):
         return value
 
 
+_EXTENDED_METHODS = (
+    "__init__",
+    "train",
+    "training_step",
+    "prediction_step",
+    "compute_loss",
+    "evaluation_loop",
+    "log",
+)
+
+
 def extend_trainer_class(cls: type) -> Callable[[], None]:
     """Let `cls`, an SFTTrainer class, train with objectives, in place. Returns a function that undoes it."""
-    original: Any = {
-        name: getattr(cls, name) for name in ("__init__", "compute_loss", "evaluation_loop", "log")
-    }
+    original: Any = {name: getattr(cls, name) for name in _EXTENDED_METHODS}
     own_attributes = {name: vars(cls).get(name) for name in original}
     signature = inspect.signature(original["__init__"])
 
@@ -79,15 +91,37 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         arguments = signature.bind(self, *args, **kwargs).arguments
         training_args = arguments.get("args")
         objective = objective_of(training_args)
+        _remove_gated_head(arguments["model"])
         if objective is None:
             original["__init__"](self, *args, **kwargs)
             return
         check_conflicts(arguments, objective.name, liger_is_whole=not HAS_FUSED_HEAD)
-        with _stand_in(training_args):
+        with _stand_in(training_args), _without_trls_head():
             original["__init__"](self, *args, **kwargs)
-        head = add_gated_head(self.model, objective, with_entropy=True, output_class=TRLOutput)
-        keep_cpu_weights_unpacked(self.model)
-        self._gating = GatedTraining(head)
+        self._gating = _install(self, objective)
+
+    @functools.wraps(original["train"])
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gating = _gating_of(self)
+        if gating is not None:
+            gating.start_training()
+        return original["train"](self, *args, **kwargs)
+
+    # The whole step, so that a subclass with a compute_loss of its own is seen too.
+    @functools.wraps(original["training_step"])
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        gating = _gating_of(self)
+        with nullcontext() if gating is None else gating.scoring(training=True):
+            return original["training_step"](self, *args, **kwargs)
+
+    @functools.wraps(original["prediction_step"])
+    def prediction_step(
+        self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        gating = _gating_of(self)
+        scores = gating is not None and inputs.get("labels") is not None
+        with gating.scoring(training=False) if scores else nullcontext():  # type: ignore[union-attr]
+            return original["prediction_step"](self, model, inputs, *args, **kwargs)
 
     @functools.wraps(original["compute_loss"])
     def compute_loss(
@@ -100,14 +134,17 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         gating = _gating_of(self)
         if gating is None:
             return original["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
-        training = self.model.training
+        check_unchanged(self, gating.head.objective.name)
         # TRL 1.16 takes the logits for compute_metrics from a second forward pass; 1.9 has to be helped.
         wants_logits = not HAS_FUSED_HEAD and inputs.get("_prediction_loss_only") is False
-        with _stand_in(self.args), gating.scoring(training):
+        with _stand_in(self.args):
             result = original["compute_loss"](
                 self, model, inputs, return_outputs, num_items_in_batch
             )
-        if return_outputs and wants_logits and not training:
+        # TRL's means of micro-batch means; the log has token-weighted ones of the same names.
+        for name in ("entropy", "mean_token_accuracy"):
+            self._metrics["train" if self.model.training else "eval"].pop(name, None)
+        if return_outputs and wants_logits:
             unlabelled = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
             with torch.no_grad():
                 return result[0], {"logits": model(**unlabelled).logits}
@@ -125,7 +162,6 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         means = gating.eval_means(self.args.device)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        _drop_unweighted(self, "eval", means)
         return output
 
     @functools.wraps(original["log"])
@@ -133,15 +169,19 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         gating = _gating_of(self)
         # Trainer's own training log, which every rank writes: the means are collective.
         if gating is not None and self.model.training and "loss" in logs:
-            means = gating.train_means(self.args.device)
-            logs.update(means)
-            _drop_unweighted(self, "train", means)
+            logs.update(gating.train_means(self.args.device))
         original["log"](self, logs, *args, **kwargs)
 
-    cls.__init__ = __init__  # type: ignore[misc]
-    cls.compute_loss = compute_loss  # type: ignore[attr-defined]
-    cls.evaluation_loop = evaluation_loop  # type: ignore[attr-defined]
-    cls.log = log  # type: ignore[attr-defined]
+    for extension in (
+        __init__,
+        train,
+        training_step,
+        prediction_step,
+        compute_loss,
+        evaluation_loop,
+        log,
+    ):
+        setattr(cls, extension.__name__, extension)
 
     def undo() -> None:
         for name, attribute in own_attributes.items():
@@ -153,10 +193,40 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     return undo
 
 
+def _install(trainer: Any, objective: Objective) -> GatedTraining:
+    """Give a new trainer's model its gated head."""
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"One process with {trainer.args.n_gpu} GPUs would use torch.nn.DataParallel, which "
+            f"loss_type={objective.name!r} does not support. Start one process per GPU with accelerate "
+            "launch or torchrun, or show one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+    # TRL 1.9 sets the coefficient in the configuration; models keep a copy, which the head reads.
+    model = causal_lm_of(trainer.model)
+    if hasattr(model, "router_aux_loss_coef"):
+        model.router_aux_loss_coef = model.config.router_aux_loss_coef
+    head = add_gated_head(trainer.model, objective, with_entropy=True, output_class=TRLOutput)
+    keep_cpu_weights_unpacked(trainer.model)
+    # Trainer has looked at the model before it had a gated head, which shifts labels and takes
+    # num_items_in_batch whatever the model's own forward does.
+    trainer.model_accepts_loss_kwargs = True
+    trainer._loss_shifts_labels = True
+    return GatedTraining(head)
+
+
+def _remove_gated_head(model: Any) -> None:
+    """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
+    head = None if isinstance(model, str) else gated_head_of(model)
+    if head is not None:
+        # That trainer's mixed precision is a wrapper around the forward.
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        head.remove()
+
+
 def _gating_of(trainer: Any) -> GatedTraining | None:
-    """The trainer's gating; None for TRL's own loss types and inside a wrapper of a subclass."""
+    """The trainer's gating; None for TRL's own loss types."""
     gating: GatedTraining | None = trainer.__dict__.get("_gating")
-    return None if gating is None or trainer.args.loss_type == STAND_IN_LOSS_TYPE else gating
+    return gating
 
 
 @contextmanager
@@ -170,10 +240,15 @@ def _stand_in(args: Any) -> Iterator[None]:
         args.loss_type = loss_type
 
 
-def _drop_unweighted(trainer: Any, mode: str, means: dict[str, float]) -> None:
-    """Forget TRL's means of micro-batch means where the log has token-weighted ones of that name."""
-    for name in means:
-        trainer._metrics[mode].pop(name, None)
+@contextmanager
+def _without_trls_head() -> Iterator[None]:
+    """Keep TRL from giving the model a fused head of its own, which would stay under the gated one."""
+    add_head = getattr(sft_trainer, _ADDS_TRL_HEAD)
+    setattr(sft_trainer, _ADDS_TRL_HEAD, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        setattr(sft_trainer, _ADDS_TRL_HEAD, add_head)
 
 
 class SFTTrainer(trl.SFTTrainer):

@@ -1,0 +1,186 @@
+"""Which classes take the objectives' names, and that TRL's own losses stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+
+import deft_plugin
+from deft_plugin.trl import SFTConfig, SFTTrainer
+from deft_plugin.trl.trainer import HAS_FUSED_HEAD
+from tests.tiny import tiny_model
+from tests.trl_adapter.running import config, logged, make_trainer, qwen3
+from tests.updates import make_rows, update_of
+
+NAMES = sorted(set(deft_plugin.objective_names()) - {"nll", "dft"})
+TRL_OWN = ["nll", "dft"] if HAS_FUSED_HEAD else ["nll", "dft", "chunked_nll"]
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    deft_plugin.register()
+    yield
+    deft_plugin.unregister()
+
+
+def attributes(cls: type) -> dict[str, Any]:
+    """What a class itself defines, apart from what the interpreter keeps there."""
+    return {name: value for name, value in vars(cls).items() if name != "__static_attributes__"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_works_in_the_package_s_classes(tmp_path: Path, name: str) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), loss_type=name, bf16=False, use_cpu=True)
+    assert args.loss_type == name
+    assert args.loss_kwargs is None
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_works_in_trls_classes_after_register(tmp_path: Path, name: str) -> None:
+    args = config(tmp_path, trl.SFTConfig, loss_type=name)
+    trainer = make_trainer(args, make_rows(2), trainer_class=trl.SFTTrainer)
+    trainer.train()
+    ours = make_trainer(config(tmp_path, loss_type=name), make_rows(2))
+    ours.train()
+    assert logged(trainer, "loss") == logged(ours, "loss")
+    assert logged(trainer, "mean_gate") == logged(ours, "mean_gate") != []
+
+
+@pytest.mark.usefixtures("registered")
+def test_parameters_go_through_trls_config_after_register(tmp_path: Path) -> None:
+    args = config(tmp_path, trl.SFTConfig, loss_type="alpha", loss_kwargs={"a": 0.0})
+    trainer = make_trainer(args, make_rows(2), trainer_class=trl.SFTTrainer)
+    trainer.train()
+    assert logged(trainer, "mean_gate") == [pytest.approx(1.0)]
+
+
+@pytest.mark.usefixtures("registered")
+def test_package_s_trainer_trains_the_same_while_trls_is_extended_too(tmp_path: Path) -> None:
+    trainer = make_trainer(config(tmp_path), make_rows(2))
+    trainer.train()
+    deft_plugin.unregister()
+    alone = make_trainer(config(tmp_path), make_rows(2))
+    alone.train()
+    assert logged(trainer, "loss") == logged(alone, "loss")
+    assert logged(trainer, "nll") == logged(alone, "nll") != []
+
+
+@pytest.mark.usefixtures("registered")
+def test_subclasses_of_trls_classes_take_the_names_too(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class OwnConfig(trl.SFTConfig):
+        own: int = 3
+
+    class OwnTrainer(trl.SFTTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return 2 * super().compute_loss(*args, **kwargs)
+
+    args = config(tmp_path, OwnConfig, loss_type="alpha", loss_kwargs={"a": 1.0}, own=4)
+    trainer = make_trainer(args, make_rows(2), trainer_class=OwnTrainer)
+    trainer.train()
+    assert args.own == 4
+    assert logged(trainer, "loss") == [
+        pytest.approx(2 * logged(trainer, "objective_loss")[0], rel=1e-6)
+    ]
+
+
+def test_register_twice_and_unregister_leave_trls_classes_as_they_were(tmp_path: Path) -> None:
+    class OwnTrainer(trl.SFTTrainer):
+        pass
+
+    @dataclasses.dataclass
+    class OwnConfig(trl.SFTConfig):
+        own: int = 3
+
+    classes = (trl.SFTTrainer, trl.SFTConfig, OwnTrainer, OwnConfig)
+    before = [attributes(cls) for cls in classes]
+    fields = dataclasses.fields(trl.SFTConfig)
+    deft_plugin.register()
+    deft_plugin.register()
+    assert attributes(trl.SFTTrainer) != before[0]
+    deft_plugin.unregister()
+    assert [attributes(cls) for cls in classes] == before
+    assert dataclasses.fields(trl.SFTConfig) == fields
+    deft_plugin.unregister()
+    with pytest.raises(ValueError, match="Invalid `loss_type` deft"):
+        make_trainer(
+            config(tmp_path, OwnConfig, loss_type="deft"), make_rows(2), trainer_class=OwnTrainer
+        )
+    with pytest.raises(TypeError, match="loss_kwargs"):
+        config(tmp_path, trl.SFTConfig, loss_kwargs={})
+
+
+@pytest.mark.parametrize("loss_type", TRL_OWN)
+def test_trls_own_losses_are_unchanged_to_the_last_bit(tmp_path: Path, loss_type: str) -> None:
+    def run(trainer_class: Any, config_class: Any) -> tuple[list[dict[str, float]], Any]:
+        args = config(
+            tmp_path,
+            config_class,
+            loss_type=loss_type,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=2,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        model = tiny_model("qwen3")
+        trainer = make_trainer(
+            args,
+            make_rows(8),
+            model,
+            trainer_class,
+            eval_dataset=make_trainer_dataset(),
+        )
+        update = update_of(model, trainer.train)
+        timing = ("runtime", "per_second", "preparation_time")
+        log = [
+            {k: v for k, v in entry.items() if not k.endswith(timing)}
+            for entry in trainer.state.log_history
+        ]
+        return log, update
+
+    before_log, before = run(trl.SFTTrainer, trl.SFTConfig)
+    assert any("eval_loss" in entry for entry in before_log)
+    deft_plugin.register()
+    try:
+        after = [run(trl.SFTTrainer, trl.SFTConfig), run(SFTTrainer, SFTConfig)]
+    finally:
+        deft_plugin.unregister()
+    for log, update in after:
+        assert log == before_log
+        assert all(torch.equal(update[name], before[name]) for name in before)
+
+
+def make_trainer_dataset() -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(make_rows(3, seed=1))
+
+
+def test_trls_own_default_is_untouched(tmp_path: Path) -> None:
+    default = {field.name: field.default for field in dataclasses.fields(trl.SFTConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    assert ours == {**default, "loss_kwargs": None}
+
+
+def test_model_of_an_earlier_trainer_trains_with_what_the_next_one_asks_for(tmp_path: Path) -> None:
+    model = qwen3().float()
+    rows = make_rows(2)
+    # bfloat16 wraps the model's forward.
+    make_trainer(config(tmp_path, bf16=True, learning_rate=0.0), rows, model).train()
+    for loss_type in ("cayley", "nll", "deft"):
+        again = make_trainer(config(tmp_path, loss_type=loss_type), rows, model)
+        update = update_of(model, again.train)
+        model.load_state_dict(qwen3().float().state_dict())
+        fresh = make_trainer(config(tmp_path, loss_type=loss_type), rows, qwen3().float())
+        expected = update_of(fresh.model, fresh.train)
+        assert all(torch.equal(update[name], expected[name]) for name in expected)
+        assert logged(again, "loss") == logged(fresh, "loss")
+        assert logged(again, "mean_gate") == logged(fresh, "mean_gate")
