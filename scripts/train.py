@@ -266,6 +266,7 @@ def main(
     console.print("Measuring the base model ...")
     before = measure(trainer, tokenizer, held_out)
     before_log = trainer.state.log_history
+    console.print("Training ...")
     with log:
         trainer.train()
     trainer.state.log_history = before_log + trainer.state.log_history
