@@ -9,9 +9,13 @@ holds bf16 weights, the tokenizer with its chat template, and a model card with 
 
 from __future__ import annotations
 
+import quiet  # noqa: F401
+
+# isort: split
 import math
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +68,7 @@ class Run:
     tokens: int
     examples: int
     minutes: float
+    threads: int
     parameters: int
     results: dict[str, Evaluation]
 
@@ -217,12 +222,12 @@ nothing else; it is there to be fine-tuned on a further kind in minutes, without
 
 | training | |
 |---|---|
-| data | questions and answers of reasoning_gym, {run.examples} examples, each seen at most once |
+| data | the tasks of the table below from reasoning_gym {version("reasoning-gym")}: {run.examples} generated questions and answers, of which none was seen twice |
 | loss | mean next-token negative log-likelihood over questions and answers |
 | optimizer | AdamW, cosine schedule with warm-up, bf16 autocast |
 | steps | {run.steps} |
 | tokens | {run.tokens} |
-| time | {run.minutes:.1f} minutes on CPU |
+| time | {run.minutes:.0f} minutes with {run.threads} CPU thread(s) |
 | seed | {run.seed} |
 
 Held-out questions, none of them in the training data; nll is per token of the reference answer, in nats;
@@ -238,7 +243,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder to save the model in.")] = Path(
         "assets/base_model"
     ),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 4000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3000,
     batch_size: Annotated[int, typer.Option(help="Packed rows per step.")] = 8,
     row_length: Annotated[int, typer.Option(help="Tokens per packed row.")] = 512,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
@@ -277,7 +282,7 @@ def main(
     results = {name: evaluate(model, tokenizer, rows) for name, rows in held_out_splits.items()}
     console.print(results_table(results))
     parameters = sum(p.numel() for p in model.parameters())
-    run = Run(seed, steps, tokens, len(mixture), minutes, parameters, results)
+    run = Run(seed, steps, tokens, len(mixture), minutes, threads, parameters, results)
 
     model.generation_config = GenerationConfig(
         do_sample=False,
