@@ -35,17 +35,17 @@ class TokenMetrics:
         """Start a new window."""
         self._sums = None
 
-    def add(self, gated: GatedLoss) -> None:
-        """Add the tokens of one forward pass."""
+    def add(self, gated: GatedLoss, rows: int | None = None) -> None:
+        """Add the tokens of one forward pass, or of its first `rows` rows alone."""
         # No float64 on Apple's GPUs. float32 sums of sums over a window are good to six digits.
         dtype = torch.float32 if gated.log_p.device.type == "mps" else torch.float64
         self._has_focus = gated.focus is not None
         self._has_entropy = gated.entropy is not None
         mask = gated.mask
-        absent = gated.log_p.new_zeros(())
+        absent = gated.log_p.new_zeros(1)
         sums = torch.stack(
             [
-                value.detach().sum(dtype=dtype)
+                value.detach()[:rows].sum(dtype=dtype)
                 for value in (
                     mask,
                     gated.token_loss,

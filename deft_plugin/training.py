@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .head import GatedHead
 from .metrics import TokenMetrics
@@ -21,8 +23,12 @@ class GatedTraining:
         self._eval = TokenMetrics()
 
     @contextmanager
-    def scoring(self, training: bool) -> Iterator[None]:
+    def scoring(self, training: bool, rows: int | None = None) -> Iterator[None]:
         """Take the metrics of the loss that is computed in this context.
+
+        Args:
+            training: whether they belong to the logging window or to the running evaluation.
+            rows: how many of the batch's rows to count, by default all.
 
         Raises:
             RuntimeError: no gated forward has run in it, so the loss is not the objective's.
@@ -33,7 +39,7 @@ class GatedTraining:
         def observe(gated: GatedLoss) -> None:
             nonlocal forwards
             forwards += 1
-            metrics.add(gated)
+            metrics.add(gated, rows)
 
         with self.head.observed_by(observe):
             yield
@@ -60,3 +66,14 @@ class GatedTraining:
     def eval_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the evaluation on all ranks. Collective."""
         return self._eval.means(device)
+
+
+def own_rows(trainer: Any, labels: Tensor) -> int | None:
+    """How many rows of an evaluation's batch are not there only to fill up the ranks' last batches.
+
+    None for all, also where packing has made one row of several.
+    """
+    state, rows = trainer.accelerator.gradient_state, labels.size(0)
+    if not state.end_of_dataloader or state.remainder <= 0 or rows != trainer.args.eval_batch_size:
+        return None
+    return min(max(state.remainder - trainer.accelerator.process_index * rows, 0), rows)

@@ -68,21 +68,33 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     The command line's choices for `loss_type` are extended too, and both are checked when a
     configuration is made. Returns a function that undoes it all.
     """
-    original_init: Any = vars(cls).get("__init__") or cls.__init__  # type: ignore[misc]
+    original_init: Any = cls.__init__  # type: ignore[misc]
+    original_post_init: Any = cls.__post_init__  # type: ignore[attr-defined]
     original_fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     original_annotations = cls.__annotations__
 
     @functools.wraps(original_init)
     def __init__(self: Any, *args: Any, loss_kwargs: Any = None, **kwargs: Any) -> None:
-        self.loss_kwargs = None if loss_kwargs is None else _parse(loss_kwargs)
+        self.loss_kwargs = loss_kwargs
         original_init(self, *args, **kwargs)
-        objective_of(self)
+
+    # Not in __init__, which a subclass that is a dataclass does not call.
+    @functools.wraps(original_post_init)
+    def __post_init__(self: Any) -> None:
+        if self.loss_kwargs is not None:
+            self.loss_kwargs = _parse(self.loss_kwargs)
+        if objective_of(self) is not None and self.greater_is_better is None:
+            # transformers takes every metric whose name does not end in "loss" for a score.
+            metric = (self.metric_for_best_model or "").rpartition("_")[2]
+            self.greater_is_better = False if metric in ("nll", "perplexity") else None
+        original_post_init(self)
 
     loss_kwargs: Any = dataclasses.field(default=None, metadata={"help": LOSS_KWARGS_HELP})
     loss_kwargs.name = "loss_kwargs"
     loss_kwargs.type = dict | str | None
     loss_kwargs._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
     cls.__init__ = __init__  # type: ignore[misc]
+    cls.__post_init__ = __post_init__  # type: ignore[attr-defined]
     cls.loss_kwargs = None  # type: ignore[attr-defined]
     cls.__annotations__ = {**original_annotations, "loss_kwargs": loss_kwargs.type}
     # A new dict: a subclass shares its parent's.
@@ -94,6 +106,7 @@ def extend_config_class(cls: type) -> Callable[[], None]:
 
     def undo() -> None:
         cls.__init__ = original_init  # type: ignore[misc]
+        cls.__post_init__ = original_post_init  # type: ignore[attr-defined]
         del cls.loss_kwargs  # type: ignore[attr-defined]
         cls.__annotations__ = original_annotations
         cls.__dataclass_fields__ = original_fields  # type: ignore[attr-defined]

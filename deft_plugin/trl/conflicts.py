@@ -94,11 +94,10 @@ def _check_parallelism(args: Any, loss_type: str) -> None:
 
 
 def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
-    if targets_lm_head(getattr(peft_config, "exclude_modules", None)):
-        return
+    excluded = targets_lm_head(getattr(peft_config, "exclude_modules", None))
     for field in ("target_modules", "target_parameters"):
         targets = getattr(peft_config, field, None)
-        if targets_lm_head(targets):
+        if targets_lm_head(targets) and not (excluded and field == "target_modules"):
             raise ValueError(
                 f"peft_config.{field}={targets!r} puts an adapter on lm_head, which loss_type={loss_type!r} "
                 "does not support: the head's weight is used directly, so the adapter would not be trained. "

@@ -28,7 +28,7 @@ from trl.trainer import sft_trainer
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
 from ..quantization import keep_cpu_weights_unpacked
-from ..training import GatedTraining
+from ..training import GatedTraining, own_rows
 from .config import SFTConfig, extend_config_class, objective_of
 from .conflicts import check_conflicts, check_unchanged
 
@@ -119,8 +119,10 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         gating = _gating_of(self)
-        scores = gating is not None and inputs.get("labels") is not None
-        with gating.scoring(training=False) if scores else nullcontext():  # type: ignore[union-attr]
+        if gating is None or inputs.get("labels") is None:
+            return original["prediction_step"](self, model, inputs, *args, **kwargs)
+        rows = own_rows(self, inputs["labels"])
+        with gating.scoring(training=False, rows=rows):
             return original["prediction_step"](self, model, inputs, *args, **kwargs)
 
     @functools.wraps(original["compute_loss"])

@@ -86,6 +86,8 @@ def test_subclasses_of_trls_classes_take_the_names_too(tmp_path: Path) -> None:
     trainer = make_trainer(args, make_rows(2), trainer_class=OwnTrainer)
     trainer.train()
     assert args.own == 4
+    with pytest.raises(ValueError, match=r"'alpha'.*'b'"):
+        config(tmp_path, OwnConfig, loss_type="alpha", loss_kwargs={"b": 1.0})
     assert logged(trainer, "loss") == [
         pytest.approx(2 * logged(trainer, "objective_loss")[0], rel=1e-6)
     ]

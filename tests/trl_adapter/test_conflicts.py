@@ -1,0 +1,214 @@
+"""What would keep the objective from being what trains is refused before data or weights are touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trl
+from accelerate.parallelism_config import ParallelismConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers.trainer_pt_utils import LabelSmoother
+
+from deft_plugin.trl import SFTTrainer
+from deft_plugin.trl.trainer import HAS_FUSED_HEAD
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.trl_adapter.running import config, make_trainer, qwen3
+from tests.updates import make_rows, update_of
+
+
+class Untouchable:
+    """A data set that fails a test as soon as it is looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise AssertionError(f"the data set's {name} was asked for")
+
+
+def refuse(
+    args: Any, message: str, model: PreTrainedModel | str | None = None, **arguments: Any
+) -> None:
+    """Assert that the trainer cannot be made, with a message, and has not come to the data."""
+    arguments.setdefault("processing_class", tiny_tokenizer())
+    with pytest.raises(ValueError, match=message):
+        SFTTrainer(
+            model=qwen3() if model is None else model,
+            args=args,
+            train_dataset=Untouchable(),  # type: ignore[arg-type]
+            **arguments,
+        )
+
+
+def test_unknown_loss_type_in_a_config_that_does_not_check_it(tmp_path: Path) -> None:
+    args = config(tmp_path, trl.SFTConfig, loss_type="nll")
+    args.loss_type = "deftt"
+    refuse(args, r"(?s)'deftt'.*deft.*TRL's own: 'nll'")
+
+
+def test_unknown_parameter_in_a_config_that_does_not_check_it(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.loss_kwargs = {"a": 0.5}
+    refuse(args, "'deft'.*'a'")
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": r".*(q_proj|lm_head)"},
+        {"target_modules": "all-linear", "target_parameters": ["lm_head.weight"]},
+    ],
+    ids=str,
+)
+def test_adapter_on_lm_head(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    message = r"(?s)target_\w+=.*lm_head.*loss_type='deft'.*modules_to_save"
+    refuse(config(tmp_path), message, peft_config=LoraConfig(**adapter))
+
+
+def test_adapter_on_lm_head_of_a_peft_model(tmp_path: Path) -> None:
+    model = get_peft_model(qwen3(), LoraConfig(target_modules=["lm_head"]))
+    refuse(config(tmp_path), "(?s)adapter on lm_head.*modules_to_save", model)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*(_proj|lm_head)", "exclude_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_adapter_elsewhere_is_welcome(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    trainer = make_trainer(config(tmp_path), make_rows(2), peft_config=LoraConfig(**adapter))
+    update = update_of(trainer.model, trainer.train)
+    assert all(change.abs().max() > 0 for name, change in update.items() if "lora_A" not in name)
+
+
+def test_label_smoothing(tmp_path: Path) -> None:
+    args = config(tmp_path, label_smoothing_factor=0.1)
+    refuse(args, r"label_smoothing_factor=0.1.*loss_type='deft'.*Set it to 0")
+
+
+def test_compute_loss_func(tmp_path: Path) -> None:
+    refuse(
+        config(tmp_path),
+        r"compute_loss_func would replace loss_type='deft'.*deft_plugin\.objective",
+        compute_loss_func=lambda *args, **kwargs: None,
+    )
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        {"fused_linear_cross_entropy": True},
+        {"cross_entropy": True, "fused_linear_cross_entropy": False},
+    ],
+    ids=str,
+)
+def test_cross_entropy_of_liger(tmp_path: Path, kernels: dict[str, bool]) -> None:
+    args = config(tmp_path)
+    # Set afterwards: the configuration would ask for the package.
+    args.use_liger_kernel = True
+    args.liger_kernel_config = kernels
+    refuse(args, r"Liger's cross-entropy would replace loss_type='deft'.*(liger|Remove)")
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_sequences_split_over_ranks(tmp_path: Path, size: str) -> None:
+    args = config(tmp_path)
+    args.parallelism_config = ParallelismConfig(**{size: 2})
+    refuse(args, rf"parallelism_config\.{size}=2 .*loss_type='deft'.*{size}=1")
+
+
+@pytest.mark.parametrize("size", ["CP_SIZE", "SP_SIZE"])
+def test_sequences_split_over_ranks_by_accelerate_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    args = config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
+    refuse(args, rf"parallelism_config\.{size.lower()}=2 ")
+
+
+def test_vision_language_model_by_name_as_model_and_by_processor(tmp_path: Path) -> None:
+    text = tiny_model("qwen2").config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 1, "model_type": "siglip_vision_model"}
+    vlm = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
+    vlm.save_pretrained(tmp_path / "vlm")
+    args = config(tmp_path / "out")
+    refuse(args, r"vlm.*multi-modal.*loss_type='deft'.*'nll'", str(tmp_path / "vlm"))
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(vlm)
+    refuse(args, "multi-modal.*text-only", model)
+
+    class Processor:
+        image_processor = None
+
+    refuse(args, "text-only.*Processor.*'nll'", processing_class=Processor())
+
+
+def test_model_without_an_lm_head(tmp_path: Path) -> None:
+    refuse(config(tmp_path), "lm_head", tiny_model("qwen2").model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: setattr(t.args, "label_smoothing_factor", 0.1), "label_smoothing_factor=0.1"),
+        (
+            lambda t: setattr(t, "label_smoother", LabelSmoother(0.1)),
+            "label_smoother would replace",
+        ),
+        (lambda t: setattr(t, "compute_loss_func", len), "compute_loss_func would replace"),
+        (lambda t: setattr(t.args, "loss_type", "nll"), "changed from 'deft' to 'nll'"),
+        (lambda t: setattr(t.args, "loss_type", "cayley"), "changed from 'deft' to 'cayley'"),
+    ],
+)
+def test_another_loss_set_after_the_start_stops_training(
+    tmp_path: Path, change: Any, message: str
+) -> None:
+    trainer = make_trainer(config(tmp_path), make_rows(2))
+    change(trainer)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_trainer_that_never_asks_the_gated_head_stops_at_its_first_step(tmp_path: Path) -> None:
+    class Distillation(SFTTrainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+    trainer = make_trainer(config(tmp_path), make_rows(2), trainer_class=Distillation)
+
+    def train() -> None:
+        with pytest.raises(RuntimeError, match="not computed by the gated head"):
+            trainer.train()
+
+    assert all(change.abs().max() == 0 for change in update_of(trainer.model, train).values())
+
+
+@pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL 1.9 has no add_fused_lm_head")
+def test_fused_head_put_over_the_gated_one_stops_training(tmp_path: Path) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    trainer = make_trainer(config(tmp_path), make_rows(2))
+    add_fused_lm_head(trainer.model, outputs=("log_probs", "entropy", "is_top1"))
+    with pytest.raises(RuntimeError, match="not computed by the gated head"):
+        trainer.train()
+
+
+def test_arguments_have_their_loss_type_back_when_trl_refuses_something(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    with pytest.raises(ValueError, match="train_dataset"):
+        SFTTrainer(model=qwen3(), args=args, processing_class=tiny_tokenizer())
+    assert args.loss_type == "deft"

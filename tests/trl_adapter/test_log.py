@@ -1,0 +1,226 @@
+"""The trainer's log has the metrics of the window's tokens, in training and in evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction, TrainerCallback
+
+from deft_plugin.metrics import METRICS
+from tests.formula_metrics import formula_metrics
+from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
+from tests.updates import label_logits, make_rows
+
+SHORT, LONG = {"shortest": 3, "longest": 4}, {"shortest": 25, "longest": 30}
+
+
+def metrics_of(entry: dict[str, float], prefix: str = "") -> dict[str, float]:
+    return {name: entry[prefix + name] for name in METRICS if prefix + name in entry}
+
+
+def expected_metrics(rows: Any) -> dict[str, float]:
+    return formula_metrics(*label_logits(qwen3(), rows), "deft")
+
+
+def test_training_window_is_weighted_by_token_over_micro_batches_and_steps(tmp_path: Path) -> None:
+    rows = make_rows(2, seed=1, **SHORT) + make_rows(2, seed=2, **LONG)
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        logging_steps=2,
+        # So that every pass over the rows has the same metrics.
+        learning_rate=0.0,
+    )
+    trainer = make_trainer(args, rows)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        assert metrics_of(entry) == pytest.approx(expected_metrics(rows), rel=1e-9)
+
+
+def test_unlogged_steps_of_an_interrupted_training_do_not_count_in_the_next(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    rows = make_rows(4, **LONG)
+    args = config(tmp_path, logging_steps=2, max_steps=2, learning_rate=0.0)
+    trainer = make_trainer(args, rows)
+    trainer.add_callback(Interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(Interrupt)
+    changed = [{"input_ids": row["input_ids"][::-1], "labels": row["labels"]} for row in rows]
+    trainer.train_dataset = as_dataset(changed)
+    trainer.train()
+    assert metrics_of(trainer.state.log_history[0]) == pytest.approx(
+        expected_metrics(changed), rel=1e-9
+    )
+
+
+def test_evaluation_is_weighted_by_token(tmp_path: Path) -> None:
+    rows = make_rows(4, seed=1, **SHORT) + make_rows(3, seed=2, **LONG)
+    trainer = make_trainer(config(tmp_path), make_rows(2), eval_dataset=as_dataset(rows))
+    returned = trainer.evaluate()
+    # Again, so that the first does not count in the second.
+    assert trainer.evaluate()["eval_nll"] == returned["eval_nll"]
+    for entry in (returned, trainer.state.log_history[0]):
+        assert metrics_of(entry, "eval_") == pytest.approx(expected_metrics(rows), rel=1e-9)
+
+
+def test_evaluation_in_training_leaves_the_training_s_window_alone(tmp_path: Path) -> None:
+    rows, eval_rows = make_rows(4, seed=1), make_rows(3, seed=2)
+    args = config(
+        tmp_path,
+        learning_rate=0.0,
+        max_steps=4,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_on_start=True,
+    )
+    trainer = make_trainer(args, rows, eval_dataset=as_dataset(eval_rows))
+    trainer.train()
+    assert len(logged(trainer, "eval_nll")) == 5
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            assert metrics_of(entry) == pytest.approx(expected_metrics(rows), rel=1e-9)
+        if "eval_loss" in entry:
+            assert metrics_of(entry, "eval_") == pytest.approx(
+                expected_metrics(eval_rows), rel=1e-9
+            )
+
+
+def test_every_data_set_of_a_dict_has_its_metrics(tmp_path: Path) -> None:
+    parts = {"one": make_rows(3, seed=1), "other": make_rows(5, seed=2)}
+    trainer = make_trainer(
+        config(tmp_path),
+        make_rows(2),
+        eval_dataset={name: as_dataset(rows) for name, rows in parts.items()},
+    )
+    returned = trainer.evaluate()
+    for name, rows in parts.items():
+        assert metrics_of(returned, f"eval_{name}_") == pytest.approx(
+            expected_metrics(rows), rel=1e-9
+        )
+    # TRL logs means of micro-batch means, under one prefix for all data sets.
+    assert not set(returned) & {"eval_entropy", "eval_mean_token_accuracy"}
+
+
+def test_prediction_and_other_prefixes_have_their_metrics(tmp_path: Path) -> None:
+    rows = make_rows(3, seed=1)
+    trainer = make_trainer(config(tmp_path), make_rows(2))
+    output = trainer.predict(
+        trainer._prepare_dataset(
+            as_dataset(rows), trainer.processing_class, trainer.args, False, None, "test"
+        )
+    )
+    assert metrics_of(output.metrics, "test_") == pytest.approx(expected_metrics(rows), rel=1e-9)
+    returned = trainer.evaluate(as_dataset(rows), metric_key_prefix="held_out")
+    assert metrics_of(returned, "held_out_") == pytest.approx(expected_metrics(rows), rel=1e-9)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval_nll", min), ("eval_mean_gate", max)])
+def test_best_checkpoint_is_chosen_by_a_metric(tmp_path: Path, metric: str, best: Any) -> None:
+    args = config(
+        tmp_path,
+        # So large that the last step is not the best.
+        learning_rate=1.0,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+    )
+    rows = make_rows(4)
+    trainer = make_trainer(args, rows, eval_dataset=as_dataset(rows))
+    trainer.train()
+    values = logged(trainer, metric)
+    assert trainer.state.best_metric == best(values)
+    assert best(values) != values[-1]
+    assert trainer.evaluate()[metric] == pytest.approx(best(values), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss_only", [False, True])
+def test_compute_metrics_gets_the_logits(tmp_path: Path, loss_only: bool) -> None:
+    rows = make_rows(3, seed=1)
+    seen: list[EvalPrediction] = []
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction)
+        return {"own": 1.5}
+
+    passes: list[None] = []
+    trainer = make_trainer(
+        config(tmp_path, prediction_loss_only=loss_only),
+        make_rows(2),
+        eval_dataset=as_dataset(rows),
+        compute_metrics=compute_metrics,
+    )
+    trainer.model.model.register_forward_hook(lambda *_: passes.append(None))
+    returned = trainer.evaluate()
+    assert metrics_of(returned, "eval_") == pytest.approx(expected_metrics(rows), rel=1e-9)
+    if loss_only:
+        assert seen == []
+        assert len(passes) == 1
+        return
+    assert returned["eval_own"] == 1.5
+    labels, logits = seen[0].label_ids, seen[0].predictions
+    assert isinstance(labels, np.ndarray)
+    assert isinstance(logits, np.ndarray)
+    scored = labels[:, 1:] != -100
+    expected, targets = label_logits(qwen3(), rows)
+    order = np.argsort([len(row["input_ids"]) for row in rows])
+    assert len(order) == 3
+    np.testing.assert_allclose(logits[:, :-1][scored], expected.detach().numpy(), atol=1e-9)
+    np.testing.assert_array_equal(labels[:, 1:][scored], targets.numpy())
+
+
+def test_logits_are_preprocessed_for_compute_metrics(tmp_path: Path) -> None:
+    rows = make_rows(3, seed=1)
+
+    def share(prediction: EvalPrediction) -> dict[str, float]:
+        labels = prediction.label_ids[:, 1:]
+        hits = (prediction.predictions[:, :-1] == labels)[labels != -100]
+        return {"hits": hits.mean().item()}
+
+    trainer = make_trainer(
+        config(tmp_path),
+        make_rows(2),
+        eval_dataset=as_dataset(rows),
+        compute_metrics=share,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    returned = trainer.evaluate()
+    assert returned["eval_hits"] == pytest.approx(returned["eval_mean_token_accuracy"], abs=1e-6)
+
+
+def test_callbacks_and_checkpoints_see_the_loss_type_that_was_asked_for(tmp_path: Path) -> None:
+    seen = set()
+
+    class Watch(TrainerCallback):
+        def on_event(self, args: Any, *_: Any, **kwargs: Any) -> None:
+            seen.add(args.loss_type)
+
+        on_train_begin = on_step_begin = on_substep_end = on_pre_optimizer_step = on_event
+        on_step_end = on_log = on_evaluate = on_prediction_step = on_save = on_train_end = on_event
+
+    args = config(
+        tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1
+    )
+    rows = make_rows(4)
+    trainer = make_trainer(args, rows, eval_dataset=as_dataset(rows), callbacks=[Watch()])
+    trainer.train()
+    assert seen == {"deft"}
+    saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert saved.loss_type == "deft"
+    assert (tmp_path / "README.md").exists()
