@@ -172,15 +172,17 @@ def gradients(loss: Tensor, case: Case, **options: Any) -> list[Tensor]:
     return list(torch.autograd.grad(loss, case.leaves(), **options))
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """||actual - expected|| / ||expected||, in float64."""
+def relative_error(actual: Tensor, expected: Tensor, smallest_norm: float = 0.0) -> float:
+    """||actual - expected|| / max(||expected||, smallest_norm), in float64; 0 of 0 is no error."""
     assert actual.shape == expected.shape
     actual, expected = actual.detach().double(), expected.detach().double()
     difference = torch.linalg.vector_norm(actual - expected).item()
-    # 0 against 0 is no error.
-    return difference / norm if (norm := torch.linalg.vector_norm(expected).item()) else difference
+    norm = max(torch.linalg.vector_norm(expected).item(), smallest_norm)
+    return difference / norm if norm else difference
 
 
-def largest_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def largest_error(
+    actual: Sequence[Tensor], expected: Sequence[Tensor], smallest_norm: float = 0.0
+) -> float:
     """The largest relative error of several tensors."""
-    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+    return max(relative_error(a, e, smallest_norm) for a, e in zip(actual, expected, strict=True))

@@ -85,10 +85,22 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
 @given(call=calls())
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_any_call_equals_the_formula(path: str, call: dict[str, Any]) -> None:
+    _assert_call_equals_the_formula(path, call)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"])
+@given(call=calls())
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_any_call_equals_the_formula_in_an_interpreter(path: str, call: dict[str, Any]) -> None:
+    """Fewer of them, each a hundred times slower."""
+    _assert_call_equals_the_formula(path, call)
+
+
+def _assert_call_equals_the_formula(path: str, call: dict[str, Any]) -> None:
     if call["loss_scale"] is None and call["token_weights"] is None:
         call["loss_scale"] = 1.0
     name, parameters = call["objective"]
@@ -126,10 +138,12 @@ def test_any_call_equals_the_formula(path: str, call: dict[str, Any]) -> None:
     actual = gradients(combined(result.loss, result.token_loss), case)
     expected = gradients(combined(expected_loss, expected_tokens), exact)
     tolerance = 1e-10 if call["dtype"] == torch.float64 else 1e-4
-    assert relative_error(result.token_loss, expected_tokens) < tolerance
-    assert relative_error(result.loss, expected_loss) < tolerance
+    # Where all tokens are nearly certain, the formula itself has lost digits.
+    smallest = 1e-3
+    assert relative_error(result.token_loss, expected_tokens, smallest) < tolerance
+    assert relative_error(result.loss, expected_loss, smallest) < tolerance
     assert [gradient.dtype for gradient in actual] == [leaf.dtype for leaf in case.leaves()]
-    assert largest_error(actual, expected) < tolerance
+    assert largest_error(actual, expected, smallest) < tolerance
 
 
 @pytest.mark.parametrize("path", TILED_PATHS)

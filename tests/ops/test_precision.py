@@ -146,7 +146,7 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32(
     path: str, name: str, dtype: torch.dtype
 ) -> None:
     case = random_case(
-        24, 200, hidden_size=16, dtype=torch.float32, bias=True, logit_std=(0.1, 1.0)
+        12, 200, hidden_size=16, dtype=torch.float32, bias=True, logit_std=(0.1, 1.0)
     )
     with torch.autocast(case.hidden.device.type, dtype):
         result = gated(path, case, name)

@@ -1,0 +1,133 @@
+"""Normalisation, and the refusal of arguments that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from deft_plugin import gated_loss, linear_gated_loss
+from deft_plugin.ops import PATHS as NAMES
+
+from .cases import LINEAR_PATHS, PATHS, gated, gradients, random_case, relative_error
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("options", "divisor"),
+    [
+        ({}, "valid"),
+        ({"reduction": "sum"}, 1),
+        ({"num_items_in_batch": 37}, 37),
+        ({"num_items_in_batch": torch.tensor(37)}, 37),
+        ({"num_items_in_batch": torch.tensor(37.0)}, 37),
+        # A step without any valid token on any rank.
+        ({"num_items_in_batch": 0}, 1),
+        ({"num_items_in_batch": torch.tensor(0)}, 1),
+    ],
+    ids=str,
+)
+def test_the_loss_is_the_sum_over_its_divisor(
+    path: str, options: dict[str, Any], divisor: int | str
+) -> None:
+    case = random_case(12, 20, masked_share=0.3)
+    result = gated(path, case, "deft", **options)
+    total = result.token_loss.sum()
+    expected = total / (result.mask.sum() if divisor == "valid" else divisor)
+    assert relative_error(result.loss, expected) < 1e-14
+    (by_sum,) = torch.autograd.grad(expected, [case.hidden], retain_graph=True)
+    assert relative_error(gradients(result.loss, case)[0], by_sum) < 1e-14
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_any_target_value_can_be_the_ignored_one(path: str) -> None:
+    case = random_case(12, 3)
+    assert (case.targets == 2).any()
+    result = gated(path, dataclasses.replace(case, ignore_index=2))
+    expected = gated(path, case)
+    assert torch.equal(result.mask, case.targets != 2)
+    assert torch.equal(result.token_loss, torch.where(result.mask, expected.token_loss, 0))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "none"}, r"reduction='none' is not valid. Choices: 'mean', 'sum'"),
+        ({"reduction": "sum", "num_items_in_batch": 3}, "num_items_in_batch would be ignored"),
+        ({"objective": "defft"}, r"Unknown objective 'defft'. Did you mean 'deft'"),
+        ({"parameters": {"k": 3}}, "'deft' has no parameter 'k'"),
+        (
+            {"objective": "alpha", "parameters": {"a": -1}},
+            "'a' is -1.0; it must be a finite number",
+        ),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused(
+    path: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated(path, random_case(3, 4), **options)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_targets_that_are_no_integers_are_refused(path: str, dtype: torch.dtype) -> None:
+    case = random_case(3, 4)
+    with pytest.raises(ValueError, match=f"targets must be integers; their dtype is {dtype}"):
+        gated(path, dataclasses.replace(case, targets=case.targets.to(dtype)))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_targets_of_another_shape_are_refused(path: str) -> None:
+    case = random_case(3, 4)
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        gated(path, dataclasses.replace(case, targets=torch.zeros(4, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"softcap": 0}, r"softcap is 0.0; it must be a number > 0, or None"),
+        ({"softcap": -3.0}, "softcap is -3.0"),
+        ({"softcap": math.nan}, "softcap is nan"),
+        ({"logit_scale": math.inf}, "logit_scale is inf; it must be a finite number"),
+        ({"bias": torch.zeros(5)}, r"bias must have shape \(4,\); its shape is \(5,\)"),
+        ({"weight": torch.zeros(4, 9)}, r"\(3, 8\) and \(4, 9\)"),
+        ({"weight": torch.zeros(32)}, r"weight \(V, H\); their shapes are \(3, 8\) and \(32,\)"),
+        (
+            {"weight": torch.zeros(4, 8, dtype=torch.uint8)},
+            "torch.uint8. A quantised lm_head is not supported",
+        ),
+    ],
+)
+def test_a_head_that_does_not_fit_is_refused(
+    path: str, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated(path, dataclasses.replace(random_case(3, 4), **changed))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "fused"}, "path='fused' is not valid. Choices: " + ", ".join(map(repr, NAMES))),
+        ({"tile_rows": 0}, "tile_rows is 0; it must be an integer >= 1, or None"),
+        ({"skip_below": 1.0}, r"skip_below is 1.0; it must be a number in \[0, 1\)"),
+        ({"skip_below": math.nan}, "skip_below is nan"),
+        ({"path": "reference", "skip_below": 0.1}, "skip_below would be ignored"),
+    ],
+)
+def test_an_unknown_path_or_tile_is_refused(options: dict[str, Any], message: str) -> None:
+    case = random_case(3, 4)
+    with pytest.raises(ValueError, match=message):
+        linear_gated_loss(case.hidden, case.weight, case.targets, **options)
+
+
+def test_given_logits_must_be_floating() -> None:
+    with pytest.raises(ValueError, match=r"logits must be floating .*torch.int64 \(3, 4\)"):
+        gated_loss(torch.ones(3, 4, dtype=torch.int64), torch.tensor([0, 1, 2]))

@@ -1,0 +1,136 @@
+"""What is computed: matrix products a step, and no tensor of the logits' size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import deft_plugin
+from deft_plugin.ops import chunked
+
+from .cases import TILED_PATHS, gated, random_case
+
+COUNT, VOCAB_SIZE, HIDDEN_SIZE = 32, 500, 4
+
+
+class Recorder(TorchDispatchMode):
+    """Counts matrix products and keeps the size in bytes of the largest tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.products += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.fixture
+def _coupled_objective(own_objectives: None) -> None:
+    @deft_plugin.objective("coupled")
+    def coupled(log_p: Tensor, statistics: Any) -> Tensor:
+        return -log_p * statistics.p / statistics.p.mean()
+
+
+@pytest.mark.usefixtures("_coupled_objective")
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize(
+    ("name", "trainable", "products"),
+    [
+        ("deft", [], 1),
+        ("deft", ["hidden"], 2),
+        ("deft", ["weight"], 2),
+        ("deft", ["hidden", "weight"], 3),
+        ("cayley_trans", [], 1),
+        ("cayley_trans", ["hidden"], 2),
+        ("cayley_trans", ["hidden", "weight"], 4),
+        ("coupled", ["hidden"], 2),
+        ("coupled", ["hidden", "weight"], 4),
+    ],
+)
+def test_matrix_products_a_step(
+    path: str, name: str, trainable: Sequence[str], products: int
+) -> None:
+    case = random_case(COUNT, VOCAB_SIZE, hidden_size=HIDDEN_SIZE, trainable=trainable)
+    with Recorder() as recorder:
+        result = gated(path, case, name, tile_rows=COUNT)
+        assert recorder.products == products
+        if trainable:
+            result.loss.backward()
+    assert recorder.products == products, "backward only scales"
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize(
+    ("trainable", "weights", "products"),
+    [
+        (["hidden"], "different", 0),
+        (["hidden", "weight"], "equal", 0),
+        (["hidden", "weight"], "different", 2),
+    ],
+)
+def test_matrix_products_of_a_backward_pass_through_token_losses(
+    path: str, trainable: Sequence[str], weights: str, products: int
+) -> None:
+    case = random_case(COUNT, VOCAB_SIZE, hidden_size=HIDDEN_SIZE, trainable=trainable)
+    token_loss = gated(path, case, "deft", tile_rows=COUNT).token_loss
+    upstream = torch.full_like(token_loss, 0.5)
+    if weights == "different":
+        upstream[0] = 2
+    with Recorder() as recorder:
+        token_loss.backward(upstream)
+    assert recorder.products == products
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("name", ["deft", "cayley_trans", "eaft"])
+def test_logits_are_never_there_as_a_whole(path: str, name: str) -> None:
+    case = random_case(
+        COUNT, VOCAB_SIZE, hidden_size=HIDDEN_SIZE, bias=True, softcap=5.0, masked_share=0.2
+    )
+    tile_rows = 4
+    with Recorder() as recorder:
+        gated(path, case, name, with_entropy=True, tile_rows=tile_rows).loss.backward()
+    inputs = max(leaf.nbytes for leaf in case.leaves())
+    assert recorder.largest == max(tile_rows * VOCAB_SIZE * 8, inputs)
+    assert recorder.largest < COUNT * VOCAB_SIZE * 8 / 4
+
+
+def test_given_logits_are_not_copied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CPU_TILE_BYTES", 0)
+    case = random_case(COUNT, VOCAB_SIZE, hidden_size=HIDDEN_SIZE)
+    logits = case.logits().detach().bfloat16().requires_grad_()
+    with Recorder() as recorder:
+        deft_plugin.gated_loss(logits, case.targets, with_entropy=True).loss.backward()
+    assert recorder.largest == logits.nbytes
+
+
+@pytest.mark.parametrize("count", [1, 17, 1000, 2048, 100_000])
+@pytest.mark.parametrize("vocab_size", [2, 32_768, 262_144])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_default_tiles_fit_the_buffer(count: int, vocab_size: int, trainable: bool) -> None:
+    for device, budget in [
+        ("cpu", chunked.CPU_TILE_BYTES),
+        ("cuda", chunked.TRAINABLE_TILE_BYTES if trainable else chunked.FROZEN_TILE_BYTES),
+    ]:
+        rows = chunked.default_tile_rows(
+            count, vocab_size, torch.float32, torch.device(device), trainable
+        )
+        smallest = chunked.SMALLEST_TILE_ROWS
+        assert 1 <= rows <= max(budget // (4 * vocab_size), smallest)
+        tiles = -(-count // rows)
+        fewest = -(-count // max(budget // (4 * vocab_size), smallest))
+        assert tiles <= fewest, "smaller tiles than need be"
