@@ -11,7 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 VOCAB_SIZE = 128
 
-_EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.3}
+_EXPERTS = {
+    "num_experts_per_tok": 2,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.3,
+    "experts_implementation": "eager",  # The default has no float64.
+}
 
 # Keyword arguments that differ from `_COMMON`; the transforms of the logits are far from 1.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -61,11 +66,11 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     nearly certain. (With tied embeddings that holds for the embeddings.)
 
     Args:
-        architecture: a key of `ARCHITECTURES`.
+        architecture: a key of `ARCHITECTURES`, or another causal LM's `model_type` with what makes it tiny.
         seed: of the weights.
         overrides: fields of the configuration, for example `tie_word_embeddings=True`.
     """
-    fields = {**_COMMON, **ARCHITECTURES[architecture], **overrides}
+    fields = {**_COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
     config = AutoConfig.for_model(architecture, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

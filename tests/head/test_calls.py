@@ -1,0 +1,250 @@
+"""Every way a gated model may be called: arguments, modes, precisions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from deft_plugin import GatedCausalLMOutput, GatedLoss, add_gated_head, build_objective
+
+from ..tiny import tiny_model
+from .oracle import (
+    Batch,
+    assert_like_formula,
+    assert_same_gradients,
+    formula_loss,
+    gradients,
+    make_batch,
+)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return make_batch()
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_model("llama").double()
+
+
+def test_arguments_may_be_positional(model: PreTrainedModel, batch: Batch) -> None:
+    add_gated_head(model)
+    named = model(**batch)
+
+    # Llama's order: input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels.
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    positional = model(ids, mask, None, None, None, labels)
+
+    assert isinstance(positional, GatedCausalLMOutput)
+    assert torch.equal(positional.loss, named.loss)
+    assert torch.equal(model(ids, mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+
+
+def test_an_argument_given_twice_or_too_many_is_a_type_error(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    add_gated_head(model)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'input_ids'"):
+        model(batch["input_ids"], **batch)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        model(*[None] * 20, labels=batch["labels"])
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_a_tuple_is_returned_where_it_is_asked_for(
+    model: PreTrainedModel, batch: Batch, as_argument: bool
+) -> None:
+    add_gated_head(model)
+    loss = model(**batch).loss
+
+    if as_argument:
+        output = model(**batch, return_dict=False)
+    else:
+        model.config.return_dict = False
+        output = model(**batch)
+
+    assert isinstance(output, tuple)
+    assert torch.equal(output[0], loss)
+
+
+def test_shift_labels_are_scored_where_they_stand(model: PreTrainedModel, batch: Batch) -> None:
+    add_gated_head(model)
+    expected = model(**batch)
+    shift_labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    alone = model(**inputs, shift_labels=shift_labels)
+    beside_labels = model(**batch, shift_labels=shift_labels)
+
+    torch.testing.assert_close(alone.loss, expected.loss)
+    torch.testing.assert_close(beside_labels.loss, expected.loss)
+    assert alone.token_loss.shape == batch["labels"].shape
+    torch.testing.assert_close(alone.token_loss[:, :-1], expected.token_loss)
+
+
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_num_items_in_batch_divides_the_sum(
+    model: PreTrainedModel, batch: Batch, as_tensor: bool
+) -> None:
+    add_gated_head(model)
+    output = model(**batch)
+    items = torch.tensor(1000) if as_tensor else 1000
+
+    torch.testing.assert_close(
+        model(**batch, num_items_in_batch=items).loss, output.token_loss.sum() / 1000
+    )
+
+
+def test_ignore_index_may_be_another(model: PreTrainedModel, batch: Batch) -> None:
+    add_gated_head(model)
+    expected = model(**batch).loss
+    labels = batch["labels"].masked_fill(batch["labels"] == -100, 0)
+
+    torch.testing.assert_close(model(**{**batch, "labels": labels}, ignore_index=0).loss, expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_no_label_at_all_gives_zero_loss_and_a_working_backward(architecture: str) -> None:
+    model = tiny_model(architecture, output_router_logits=False)
+    add_gated_head(model)
+    batch = make_batch()
+    batch["labels"][:] = -100
+
+    loss = model(**batch).loss
+    loss.backward()
+
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert model.get_output_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("logits_to_keep", [5, torch.tensor([1, 2])])
+def test_logits_to_keep_with_labels_is_refused(
+    model: PreTrainedModel, batch: Batch, logits_to_keep: Any
+) -> None:
+    add_gated_head(model)
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(**batch, logits_to_keep=logits_to_keep)
+
+
+def test_output_holds_what_was_asked_for(model: PreTrainedModel, batch: Batch) -> None:
+    add_gated_head(model, with_entropy=True)
+
+    output = model(**batch, output_hidden_states=True)
+
+    expected_mask = batch["labels"][:, 1:] != -100
+    assert torch.equal(output.label_mask, expected_mask)
+    for name in ("token_loss", "log_p", "gate", "focus", "entropy", "is_top1"):
+        assert output[name].shape == expected_mask.shape
+        assert not output[name][~expected_mask].any(), name
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert "logits" not in output
+
+
+def test_entropy_is_left_out_unless_asked_for(model: PreTrainedModel, batch: Batch) -> None:
+    add_gated_head(model)
+    assert "entropy" not in model(**batch)
+
+
+def test_an_observer_sees_every_gated_forward_in_its_context(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    head = add_gated_head(model)
+    seen: list[GatedLoss] = []
+
+    model(**batch)
+    with head.observed_by(seen.append):
+        inside = model(**batch)
+        model(input_ids=batch["input_ids"])
+    model(**batch)
+
+    assert [gated.loss for gated in seen] == [inside.loss]
+
+
+def test_the_objective_may_be_changed_between_steps(model: PreTrainedModel, batch: Batch) -> None:
+    expected = formula_loss(model, batch, "alpha", a=0.25)
+    head = add_gated_head(model, "nll")
+
+    head.objective = build_objective("alpha", {"a": 0.25})
+
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_evaluation_without_gradients_gives_the_training_loss(
+    model: PreTrainedModel, batch: Batch
+) -> None:
+    add_gated_head(model)
+    expected = model(**batch).loss
+
+    model.eval()
+    with torch.no_grad():
+        loss = model(**batch).loss
+
+    torch.testing.assert_close(loss, expected)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(
+    model: PreTrainedModel, batch: Batch, use_reentrant: bool
+) -> None:
+    add_gated_head(model)
+    model(**batch).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    # Reentrant checkpoints need an input with a gradient, as trainers know.
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+
+    assert model.is_gradient_checkpointing
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, expected, 1e-9)
+
+
+def test_bfloat16_model_is_near_the_formula_on_its_own_logits(batch: Batch) -> None:
+    model = tiny_model("llama", initializer_range=0.08).bfloat16()
+    loss = formula_loss(model, batch)
+    expected = gradients(model, loss)
+
+    add_gated_head(model)
+    output = model(**batch)
+
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss.double(), loss, rtol=0.01, atol=0)
+    actual = gradients(model, output.loss)
+    for name, value in expected.items():
+        assert actual[name].dtype == torch.bfloat16
+        error = (actual[name].float() - value.float()).norm() / value.float().norm()
+        assert error < 0.03, name
+
+
+def test_autocast_multiplies_in_its_dtype_and_sums_in_float32(batch: Batch) -> None:
+    model = tiny_model("llama", initializer_range=0.08)
+    add_gated_head(model)
+    exact = model(**batch).loss
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+
+    assert loss.dtype == torch.float32
+    assert loss.item() != exact.item()
+    torch.testing.assert_close(loss, exact, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("what", ["backbone", "model"])
+def test_torch_compile_gives_the_same_gradients(batch: Batch, what: str) -> None:
+    model = tiny_model("llama", num_hidden_layers=1).double()
+    loss = formula_loss(model, batch)
+    expected = gradients(model, loss)
+    add_gated_head(model)
+
+    # Tracing alone: what a backend makes of the graph is not the head's business.
+    (model.model if what == "backbone" else model).compile(backend="eager")
+
+    assert_like_formula(model, loss, expected, batch)
+    torch._dynamo.reset()

@@ -1,0 +1,151 @@
+"""The gated head under accelerate's wrappers and hooks, and under FSDP2 on two processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, dispatch_model
+from accelerate.state import AcceleratorState
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
+
+from deft_plugin import GatedCausalLMOutput, add_gated_head
+
+from ..tiny import tiny_model
+from .oracle import (
+    Batch,
+    assert_like_formula,
+    assert_same_gradients,
+    formula_loss,
+    gradients,
+    make_batch,
+)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return make_batch()
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_wraps_and_unwraps_around_the_head(
+    batch: Batch, accelerator: Accelerator
+) -> None:
+    model = tiny_model("llama", initializer_range=0.08)
+    head = add_gated_head(model)
+    exact = model(**batch).loss
+
+    prepared = accelerator.prepare(model)
+    output = prepared(**batch)
+
+    assert isinstance(output, GatedCausalLMOutput)
+    torch.testing.assert_close(output.loss, exact, rtol=0.05, atol=0)
+    with pytest.raises(RuntimeError, match="unwrap_model"):
+        head.remove()
+
+    # What the message advises.
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert torch.equal(unwrapped(**batch).loss, exact)
+    head.remove()
+    assert "logits" in unwrapped(**batch)
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_a_model_dispatched_by_device_map_equals_the_formula(
+    head_first: bool, batch: Batch
+) -> None:
+    model = tiny_model("llama").double()
+    loss = formula_loss(model, batch)
+    expected = gradients(model, loss)
+    device_map = {"model": "cpu", "lm_head": "cpu"}
+
+    if head_first:
+        add_gated_head(model)
+    model = dispatch_model(model, device_map, force_hooks=True)
+    if not head_first:
+        add_gated_head(model)
+
+    assert_like_formula(model, loss, expected, batch)
+    assert "logits" in model(input_ids=batch["input_ids"])
+
+
+def test_an_offloaded_lm_head_is_refused(batch: Batch, tmp_path: Path) -> None:
+    model = tiny_model("llama").eval()
+    add_gated_head(model)
+    model = dispatch_model(model, {"model": "cpu", "lm_head": "disk"}, offload_dir=tmp_path)
+    with pytest.raises(ValueError, match="lm_head's weight is offloaded"):
+        model(**batch)
+
+
+def root_alone(model: PreTrainedModel) -> list[nn.Module | list[nn.Module]]:
+    return [*model.model.layers]
+
+
+def lm_head_alone(model: PreTrainedModel) -> list[nn.Module | list[nn.Module]]:
+    return [*model.model.layers, model.lm_head]
+
+
+def lm_head_with_norm(model: PreTrainedModel) -> list[nn.Module | list[nn.Module]]:
+    return [*model.model.layers, [model.model.norm, model.lm_head]]
+
+
+RANKS = 2
+
+
+def fsdp_rank(
+    rank: int, directory: Path, architecture: str, parts: Callable[[PreTrainedModel], list]
+) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=RANKS
+    )
+    batches = [make_batch(seed=seed) for seed in range(RANKS)]
+    model = tiny_model(architecture).double()
+    loss = sum(formula_loss(model, batch) for batch in batches) / RANKS
+    expected = gradients(model, loss)
+
+    add_gated_head(model)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for part in parts(model):
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    # Twice, since the first pass sets FSDP up.
+    for _ in range(2):
+        model.zero_grad()
+        model(**batches[rank]).loss.backward()
+
+    actual = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
+    assert_same_gradients(actual, expected, 1e-9)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [root_alone, lm_head_alone, lm_head_with_norm])
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_fsdp_gives_the_mean_gradient_of_the_ranks(
+    architecture: str, parts: Callable[[PreTrainedModel], list], tmp_path: Path
+) -> None:
+    # Forked: a new process would import everything again.
+    context = multiprocessing.get_context("fork")
+    ranks = [
+        context.Process(target=fsdp_rank, args=(rank, tmp_path, architecture, parts))
+        for rank in range(RANKS)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        if rank.is_alive():
+            rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0] * RANKS
