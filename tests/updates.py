@@ -40,7 +40,9 @@ def label_logits(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
     for row in rows:
         labels = torch.tensor(row["labels"][1:])
         scored = labels != -100
-        logits.append(model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1][scored])
+        # Prompt tuning's virtual tokens come first.
+        own = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, -len(row["labels"]) :]
+        logits.append(own[:-1][scored])
         targets.append(labels[scored])
     return torch.cat(logits), torch.cat(targets)
 

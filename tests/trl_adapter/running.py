@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from deft_plugin.trl import SFTConfig, SFTTrainer
@@ -46,7 +46,7 @@ def qwen3() -> PreTrainedModel:
 
 def make_trainer(
     args: Any,
-    rows: Rows | Dataset,
+    rows: Rows | Dataset | IterableDataset,
     model: PreTrainedModel | str | None = None,
     trainer_class: Any = SFTTrainer,
     **arguments: Any,
@@ -61,9 +61,9 @@ def make_trainer(
     )
 
 
-def as_dataset(rows: Rows | Dataset) -> Dataset:
-    """Rows as the trainer takes them."""
-    return rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+def as_dataset(rows: Any) -> Any:
+    """Rows as the trainer takes them; a data set as it is."""
+    return Dataset.from_list(rows) if isinstance(rows, list) else rows
 
 
 def logged(trainer: Any, name: str) -> list[float]:
