@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -12,10 +14,20 @@ def keep_cpu_weights_unpacked(model: nn.Module) -> int:
     gradients (an evaluation, a generation) and then uses the packed form in training too, where the
     gradient of the layer's input is lost: the evaluation silently changes the training. A layer that
     is told not to pack trains alike with and without evaluations. Layers on an accelerator never pack.
+
+    Raises:
+        ValueError: a layer is packed already. bitsandbytes 0.50 cannot undo that: it leaves the scales of
+            the weights transposed unless they are doubly quantised, and rounded to bfloat16 if they are.
     """
-    count = 0
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010
-            count += 1
-    return count
+    layers: list[Any] = [
+        module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
+    ]
+    for layer in layers:
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                "The model's 4-bit weights have been packed for inference on this CPU by an evaluation or a "
+                "generation, and would lose gradients in training. Load the model again and call "
+                "deft_plugin.quantization.keep_cpu_weights_unpacked(model) before you first use it."
+            )
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)

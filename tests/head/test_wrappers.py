@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator, dispatch_model
 from accelerate.state import AcceleratorState
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from deft_plugin import GatedCausalLMOutput, add_gated_head
@@ -102,33 +103,29 @@ def lm_head_with_norm(model: PreTrainedModel) -> list[nn.Module | list[nn.Module
 
 
 RANKS = 2
+Rank = Callable[[int, DeviceMesh], None]
 
 
-def fsdp_rank(
-    rank: int, directory: Path, architecture: str, parts: Callable[[PreTrainedModel], list]
-) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=RANKS
-    )
-    batches = [make_batch(seed=seed) for seed in range(RANKS)]
-    model = tiny_model(architecture).double()
-    loss = sum(formula_loss(model, batch) for batch in batches) / RANKS
-    expected = gradients(model, loss)
+def run_ranks(rank_function: Rank, directory: Path) -> None:
+    """Run the function on processes with a mesh of all of them. Forked: a new one would import all again."""
 
-    add_gated_head(model)
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for part in parts(model):
-        fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    # Twice, since the first pass sets FSDP up.
-    for _ in range(2):
-        model.zero_grad()
-        model(**batches[rank]).loss.backward()
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=RANKS
+        )
+        rank_function(rank, init_device_mesh("cpu", (RANKS,)))
+        distributed.destroy_process_group()
 
-    actual = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
-    assert_same_gradients(actual, expected, 1e-9)
-    distributed.destroy_process_group()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in processes] == [0] * RANKS
 
 
 @pytest.mark.parametrize("parts", [root_alone, lm_head_alone, lm_head_with_norm])
@@ -136,16 +133,41 @@ def fsdp_rank(
 def test_fsdp_gives_the_mean_gradient_of_the_ranks(
     architecture: str, parts: Callable[[PreTrainedModel], list], tmp_path: Path
 ) -> None:
-    # Forked: a new process would import everything again.
-    context = multiprocessing.get_context("fork")
-    ranks = [
-        context.Process(target=fsdp_rank, args=(rank, tmp_path, architecture, parts))
-        for rank in range(RANKS)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-        if rank.is_alive():
-            rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0] * RANKS
+    def train(rank: int, mesh: DeviceMesh) -> None:
+        batches = [make_batch(seed=seed) for seed in range(RANKS)]
+        model = tiny_model(architecture).double()
+        loss = sum(formula_loss(model, batch) for batch in batches) / RANKS
+        expected = gradients(model, loss)
+
+        add_gated_head(model)
+        for part in parts(model):
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # Twice, since the first pass sets FSDP up.
+        for _ in range(2):
+            model.zero_grad()
+            model(**batches[rank]).loss.backward()
+
+        actual = {name: value.grad.full_tensor() for name, value in model.named_parameters()}
+        assert_same_gradients(actual, expected, 1e-9)
+
+    run_ranks(train, tmp_path)
+
+
+def test_a_vocabulary_sharded_by_tensor_parallelism_equals_the_formula(
+    batch: Batch, tmp_path: Path
+) -> None:
+    def train(rank: int, mesh: DeviceMesh) -> None:
+        model = tiny_model("llama").double()
+        loss = formula_loss(model, batch)
+        expected = gradients(model, loss)
+
+        add_gated_head(model)
+        weight = distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)])
+        model.lm_head.weight = nn.Parameter(weight)
+
+        actual = gradients(model, model(**batch).loss)
+        actual["lm_head.weight"] = actual["lm_head.weight"].full_tensor()
+        assert_same_gradients(actual, expected, 1e-9)
+
+    run_ranks(train, tmp_path)
