@@ -7,7 +7,8 @@ import difflib
 import importlib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import objective_class
@@ -71,16 +72,16 @@ class DEFTArgs(BaseModel):
             the objective.
     """
 
+    deft: DEFTSettings = Field(
+        default_factory=DEFTSettings,
+        description=f"Parameters of the objective, with defaults: {_signatures()}. Beside them: module, "
+        "path, tile_rows.",
+    )
+    # After the block, whose module may register it.
     deft_objective: str = Field(
         default=DEFAULT_OBJECTIVE,
         description=f"The training objective: {', '.join(objective_names())}, or one that "
         "`deft.module` registers.",
-    )
-    deft: DEFTSettings = Field(
-        default_factory=DEFTSettings,
-        validate_default=True,
-        description=f"Parameters of the objective, with defaults: {_signatures()}. Beside them: module, "
-        "path, tile_rows.",
     )
 
     @model_validator(mode="before")
@@ -99,13 +100,24 @@ class DEFTArgs(BaseModel):
 
     @field_validator("deft")
     @classmethod
-    def _build_objective(cls, settings: DEFTSettings, info: ValidationInfo) -> DEFTSettings:
+    def _import_module(cls, settings: DEFTSettings) -> DEFTSettings:
         if settings.module is not None:
             importlib.import_module(settings.module)
-        name = info.data.get("deft_objective")
-        if name is not None:
-            build_objective(name, settings.parameters)
         return settings
+
+    @field_validator("deft_objective")
+    @classmethod
+    def _known_objective(cls, name: str) -> str:
+        objective_class(name)
+        return name
+
+    @model_validator(mode="after")
+    def _valid_parameters(self) -> Self:
+        try:
+            build_objective(self.deft_objective, self.deft.parameters)
+        except ValueError as error:
+            raise ValueError(f"deft: {error}") from None
+        return self
 
 
 def _unknown_keys(data: dict[str, Any]) -> list[str]:
@@ -113,7 +125,7 @@ def _unknown_keys(data: dict[str, Any]) -> list[str]:
     known = tuple(DEFTArgs.model_fields)
     return [
         f"unknown key {key!r}. Did you mean "
-        f"{(difflib.get_close_matches(key, known, n=1, cutoff=0) or known)[0]!r}? "
+        f"{difflib.get_close_matches(key.lower(), known, n=1, cutoff=0)[0]!r}? "
         f"Keys of deft_plugin: {', '.join(known)}."
         for key in data
         if str(key).lower().startswith("deft") and key not in known

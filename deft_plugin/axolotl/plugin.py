@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.distributed import get_world_size, is_main_process
+from axolotl.utils.distributed import is_main_process
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..head import gated_head_of
 from ..objectives import Objective, build_objective
+from ..ops.availability import chooses_triton
 from .args import DEFTSettings
 from .trainer import DEFTTrainer
 
@@ -123,10 +124,12 @@ def _summary(trainer: DEFTTrainer, objective: Objective) -> str:
     head = gated_head_of(trainer.model)
     assert head is not None
     weight = head.model.get_output_embeddings().weight
+    path = "triton" if chooses_triton(head.path, trainer.args.device) else head.path
     return (
         f"objective {objective!r}; gated head on {type(head.model).__name__} "
-        f"({'trainable' if weight.requires_grad else 'frozen'}), path {head.path}; loss normalised over "
-        f"the optimizer step's tokens on {get_world_size()} rank(s)."
+        f"({'trainable' if weight.requires_grad else 'frozen'} lm_head, path "
+        f"{path.replace('auto', 'chunked')}); loss over the tokens of the whole optimizer step on "
+        f"{trainer.args.world_size} rank(s)."
     )
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 from ..head import add_gated_head
 from ..objectives import Objective
 from ..quantization import keep_cpu_weights_unpacked
-from ..training import GatedTraining
+from ..training import GatedTraining, own_rows
 
 
 class _LogOfTokens(Trainer):
@@ -41,49 +41,43 @@ def _replace(logs: dict[str, float], name: str, source: str) -> None:
 class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
     """`AxolotlTrainer` whose loss is an objective, normalised by the tokens of the whole optimizer step.
 
-    `install` gives the model its gated head; before that, no loss can be computed.
+    `install` gives the model its gated head; without it, nothing can be trained or evaluated.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process with {self.args.n_gpu} GPUs would use torch.nn.DataParallel, whose copies of "
-                "the model have no gated head. Start one process per GPU: axolotl train does, and so do "
-                "accelerate launch and torchrun. Or show one GPU: CUDA_VISIBLE_DEVICES=0."
-            )
-        # Axolotl asks the backbone, which takes no num_items_in_batch; the gated head does.
-        self.model_accepts_loss_kwargs = True
-        # The gated head shifts labels, also of a model whose loss type transformers does not know.
-        self._loss_shifts_labels = True
-
-    def install(self, objective: Objective, path: str, tile_rows: int | None) -> GatedTraining:
+    def install(self, objective: Objective, path: str, tile_rows: int | None) -> None:
         """Give the model its gated head.
 
         Raises:
-            ValueError: the model cannot have one; see `deft_plugin.add_gated_head`.
+            ValueError: the model cannot have one (see `deft_plugin.add_gated_head`), or would be copied
+                to several GPUs.
         """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process with {self.args.n_gpu} GPUs would use torch.nn.DataParallel, which "
+                "deft_plugin does not support. Start one process per GPU, as axolotl train does, or show "
+                "one GPU: CUDA_VISIBLE_DEVICES=0."
+            )
         head = add_gated_head(
             self.model, objective, with_entropy=True, path=path, tile_rows=tile_rows
         )
         keep_cpu_weights_unpacked(self.model)
+        # Axolotl asks the backbone, which takes no num_items_in_batch; the gated head does, and it
+        # shifts labels also for a model whose loss transformers does not know.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
         self._gated = GatedTraining(head)
-        return self._gated
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        with self._installed().scoring(self.model.training):
-            return super().compute_loss(
-                model,
-                inputs,
-                return_outputs=return_outputs,
-                num_items_in_batch=num_items_in_batch,
-            )
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._installed().start_training()
+        return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._installed().scoring(training=True):
+            return super().training_step(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self._installed().scoring(training=False, rows=own_rows(self, inputs["labels"])):
+            return super().prediction_step(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
         self,

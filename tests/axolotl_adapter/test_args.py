@@ -1,0 +1,192 @@
+"""The keys of the plugin, and the keys of Axolotl's that it refuses: all before data or a model are loaded."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deft_plugin.axolotl.args import DEFTArgs
+from deft_plugin.objectives import build_objective
+
+from .running import PLUGIN, configuration, validate
+
+NO_FILES = Path("nothing-is-read")
+
+
+def error_of(**overrides: Any) -> str:
+    """What validation says about a configuration with these keys."""
+    with pytest.raises(ValidationError) as error:
+        validate(configuration(NO_FILES, NO_FILES, **overrides))
+    return str(error.value)
+
+
+def test_one_line_means_deft() -> None:
+    cfg = validate(configuration(NO_FILES, NO_FILES))
+    assert cfg.deft_objective == "deft"
+
+
+@pytest.mark.parametrize(
+    ("objective", "block"),
+    [
+        ("cayley_trans", {"floor_coefficient": 0.3, "minimum": 0.01}),
+        ("eaft", {"k": 5}),
+        ("alpha", {"a": 0.2, "path": "chunked", "tile_rows": 64}),
+        ("deft", {}),
+    ],
+)
+def test_parameters_reach_the_configuration(objective: str, block: dict[str, Any]) -> None:
+    cfg = validate(configuration(NO_FILES, NO_FILES, deft_objective=objective, deft=block))
+    assert cfg.deft_objective == objective
+    assert {name: cfg.deft[name] for name in block} == block
+
+
+def test_an_empty_block_is_no_block() -> None:
+    values = configuration(NO_FILES, NO_FILES)
+    values["deft"] = None
+    assert validate(values).deft_objective == "deft"
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"deft_objective": "dfet"}, ["deft_objective", "'dfet'", "cayley_trans, deft."]),
+        ({"deft_objective": 3}, ["deft_objective", "3", "string"]),
+        ({"deft": {"a": 0.5}}, ["deft", "'a'", "It takes no parameters"]),
+        (
+            {"deft_objective": "cayley_trans", "deft": {"flor_coefficient": 0.3}},
+            ["deft", "'flor_coefficient'", "'floor_coefficient'"],
+        ),
+        (
+            {"deft_objective": "cayley_trans", "deft": {"floor_coefficient": 1.5}},
+            ["'floor_coefficient'", "1.5", "[0, 1]"],
+        ),
+        (
+            {"deft_objective": "cayley_trans", "deft": {"floor_coefficient": "high"}},
+            ["deft:", "'floor_coefficient'", "'high'", "number"],
+        ),
+        (
+            {"deft_objective": "cayley_trans", "deft": {"scope": "batch"}},
+            ["'scope'", "'batch'", "micro_batch"],
+        ),
+        ({"deft": {"path": "cuda"}}, ["deft.path", "'cuda'", "chunked"]),
+        ({"deft": {"tile_rows": 0}}, ["deft.tile_rows", "0", "greater than 0"]),
+        ({"deft": {"tile_rows": "64"}}, ["deft.tile_rows", "'64'", "integer"]),
+        ({"deft": "cayley_trans"}, ["deft", "'cayley_trans'", "dictionary"]),
+        ({"deft_objectve": "nll"}, ["'deft_objectve'", "'deft_objective'"]),
+        ({"DEFT": {}}, ["'DEFT'", "'deft'"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_choices(
+    keys: dict[str, Any], named: list[str]
+) -> None:
+    message = error_of(**keys)
+    assert [text for text in named if text not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "instead"),
+    [
+        ({"liger_fused_linear_cross_entropy": True}, "Remove it"),
+        ({"liger_cross_entropy": True}, "Remove it"),
+        ({"cut_cross_entropy": True, "bf16": True}, "cut_cross_entropy: false"),
+        ({"chunked_cross_entropy": True}, "Remove it"),
+        ({"use_eaft": True}, "deft_objective: eaft"),
+        ({"eaft_k": 5}, "deft: {k: ...}"),
+        ({"eaft_alpha": 2.0}, "deft: {exponent: ...}"),
+        ({"label_smoothing_factor": 0.1}, "Remove it"),
+        ({"rl": "dpo", "beta": 0.1}, "or the plugin"),
+        ({"rl": "orpo", "orpo_alpha": 0.1}, "or the plugin"),
+        ({"rl": "kto", "remove_unused_columns": False}, "or the plugin"),
+        ({"rl": "grpo"}, "or the plugin"),
+        ({"reward_model": True}, "or the plugin"),
+        ({"process_reward_model": True}, "or the plugin"),
+        ({"kd_trainer": True}, "or the plugin"),
+        ({"trainer_cls": "transformers.Trainer"}, "or the plugin"),
+        ({"qat": {"weight_dtype": "int8"}}, "or the plugin"),
+        ({"context_parallel_size": 2}, "Set it to 1"),
+        ({"sequence_parallel_degree": 4}, "Set it to 1"),
+        ({"tensor_parallel_size": 2}, "Set it to 1"),
+        ({"expert_parallel_size": 2}, "Set it to 1"),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, "lora_modules_to_save: [lm_head]"),
+        ({"lora_target_modules": "q_proj|lm_head"}, "lora_modules_to_save: [lm_head]"),
+        (
+            {"lora_target_linear": True, "lora_target_modules": ["model.lm_head"]},
+            "lora_modules_to_save: [lm_head]",
+        ),
+        ({"lora_target_parameters": ["lm_head.weight"]}, "lora_modules_to_save: [lm_head]"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_what_would_bypass_the_objective_is_refused_with_what_to_do_instead(
+    keys: dict[str, Any], instead: str
+) -> None:
+    message = error_of(**keys)
+    assert "deft_plugin" in message
+    assert next(reversed(keys)) in message or next(iter(keys)) in message
+    assert instead in message
+
+
+def test_all_conflicts_are_named_at_once() -> None:
+    message = error_of(use_eaft=True, context_parallel_size=2, deft_objectiv="nll")
+    for key in ("use_eaft", "context_parallel_size", "deft_objectiv"):
+        assert f"`{key}" in message or f"'{key}'" in message
+
+
+def test_cut_cross_entropy_is_refused_where_only_its_plugin_is_listed() -> None:
+    other = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
+    assert "CutCrossEntropyPlugin" in error_of(plugins=[other, PLUGIN])
+    validate(configuration(NO_FILES, NO_FILES, plugins=[other, PLUGIN], cut_cross_entropy=False))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"liger_rope": True, "liger_rms_norm": True, "liger_glu_activation": True},
+        {"adapter": "lora", "lora_target_linear": True, "lora_r": 4, "lora_alpha": 8},
+        {"adapter": "lora", "lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8},
+        {
+            "adapter": "lora",
+            "lora_target_modules": ["q_proj"],
+            "lora_modules_to_save": ["lm_head"],
+            "lora_r": 4,
+            "lora_alpha": 8,
+        },
+        {"context_parallel_size": 1, "tensor_parallel_size": 1},
+        {"sample_packing": True, "gradient_checkpointing": True},
+    ],
+    ids="-".join,
+)
+def test_what_does_not_touch_the_loss_is_accepted(keys: dict[str, Any]) -> None:
+    validate(configuration(NO_FILES, NO_FILES, **keys))
+
+
+def test_a_module_with_an_objective_of_ones_own_is_imported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_objective_for_axolotl.py").write_text(
+        "import deft_plugin\n"
+        "@deft_plugin.objective('own_for_axolotl', couples_tokens=False)\n"
+        "def own(log_p, statistics, *, gamma: float = 2.0):\n"
+        "    return -((1 - log_p.exp()) ** gamma) * log_p\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    block = {"module": "own_objective_for_axolotl", "gamma": 1.5}
+    values = configuration(NO_FILES, NO_FILES, deft_objective="own_for_axolotl", deft=block)
+    cfg = validate(values)
+    assert build_objective(cfg.deft_objective, {"gamma": cfg.deft.gamma}).gamma == 1.5  # type: ignore[attr-defined]
+    del sys.modules["own_objective_for_axolotl"]
+
+
+def test_a_module_that_is_not_there_stops_the_run() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        validate(configuration(NO_FILES, NO_FILES, deft={"module": "no_such_module"}))
+
+
+def test_every_key_has_a_description_with_the_choices() -> None:
+    properties = DEFTArgs.model_json_schema()["properties"]
+    assert "cayley_trans" in properties["deft_objective"]["description"]
+    assert "floor_coefficient=0.5" in properties["deft"]["description"]
