@@ -10,11 +10,15 @@ from types import MappingProxyType
 from typing import Any
 
 import trl
+from trl.trainer import sft_trainer
 
 from ..objectives import Objective, build_objective, objective_names
 
+# TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
+# did so under "chunked_nll" and read the loss and sums.
+HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 # These names stay TRL's own. None is TRL 1.9's default.
-TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
+TRL_LOSS_TYPES = (None, "nll", "dft") if HAS_FUSED_HEAD else (None, "nll", "dft", "chunked_nll")
 
 LOSS_KWARGS_HELP = (
     "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "

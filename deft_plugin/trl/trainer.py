@@ -29,12 +29,9 @@ from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head
 from ..objectives import Objective
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, own_rows
-from .config import SFTConfig, extend_config_class, objective_of
+from .config import HAS_FUSED_HEAD, SFTConfig, extend_config_class, objective_of
 from .conflicts import check_conflicts, check_unchanged
 
-# TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
-# did so under "chunked_nll" and read the loss and sums.
-HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
 _ADDS_TRL_HEAD = "add_fused_lm_head" if HAS_FUSED_HEAD else "_patch_chunked_ce_lm_head"
 

@@ -51,7 +51,7 @@ FORMATS: dict[str, tuple[list[dict[str, Any]], dict[str, Any], Any]] = {
         [{"messages": messages(*pair)} for pair in PAIRS],
         {},
         lambda prompt, completion: (
-            turn("user", prompt) + turn("assistant", completion)
+            turn("user", prompt) + turn("assistant", completion).removesuffix("\n")
         ).removeprefix("<|im_start|>"),
     ),
     "assistant only": (

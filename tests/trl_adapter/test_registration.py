@@ -13,7 +13,7 @@ import trl
 
 import deft_plugin
 from deft_plugin.trl import SFTConfig, SFTTrainer
-from deft_plugin.trl.trainer import HAS_FUSED_HEAD
+from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
 from tests.trl_adapter.running import config, logged, make_trainer, qwen3
 from tests.updates import make_rows, update_of

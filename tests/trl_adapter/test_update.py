@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deft_plugin import TokenStatistics, objective, objective_names
-from deft_plugin.trl.trainer import HAS_FUSED_HEAD
+from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
 from tests.trl_adapter.running import LEARNING_RATE, config, logged, make_trainer, qwen3
 from tests.updates import (

@@ -1,0 +1,151 @@
+"""`deft sft` takes the flags and YAML files of `trl sft`, with objectives; `deft objectives` lists them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import deft_plugin
+from deft_plugin import cli
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path) -> Iterator[Path]:
+    """A directory with a model in `model`, a data set in `data`, and nothing else."""
+    tiny_model("qwen3", initializer_range=0.08).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(6)]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        lines = "\n".join(json.dumps(pair) for pair in pairs)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
+    yield tmp_path
+    deft_plugin.unregister()
+
+
+def options(directory: Path) -> dict[str, object]:
+    return {
+        "model_name_or_path": str(directory / "model"),
+        "dataset_name": str(directory / "data"),
+        "output_dir": str(directory / "out"),
+        "max_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "use_peft": True,
+        "lora_target_modules": "all-linear",
+    }
+
+
+def flags(values: dict[str, object]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def logs(directory: Path) -> list[dict[str, float]]:
+    state = json.loads((directory / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    return state["log_history"]
+
+
+def saved_arguments(directory: Path) -> object:
+    return torch.load(directory / "out" / "training_args.bin", weights_only=False)
+
+
+def test_flags(run_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["--loss_type", "alpha", "--loss_kwargs", '{"a": 1.0}']
+    monkeypatch.setattr(sys, "argv", ["deft", "sft", *flags(options(run_directory)), *own])
+    cli.main()
+    training, evaluation = logs(run_directory)[0], logs(run_directory)[-1]
+    # The loss is 1 - p.
+    assert training["mean_gate"] == pytest.approx(training["mean_target_probability"], rel=1e-6)
+    assert training["loss"] == pytest.approx(1 - training["mean_target_probability"], rel=1e-5)
+    assert "eval_nll" in evaluation
+    assert saved_arguments(run_directory).loss_type == "alpha"  # type: ignore[attr-defined]
+    assert (run_directory / "out" / "adapter_model.safetensors").exists()
+
+
+def test_yaml_and_a_flag_over_it_as_accelerate_launch_runs_them(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"loss_type": "cayley_trans", "loss_kwargs": {"floor_coefficient": 0.25}}
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), **own, "max_steps": 9}))
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--config", str(path), "--max_steps", "2"])
+    # python -m deft_plugin.trl.sft
+    monkeypatch.delitem(sys.modules, "deft_plugin.trl.sft", raising=False)
+    runpy.run_module("deft_plugin.trl.sft", run_name="__main__")
+    args = saved_arguments(run_directory)
+    assert (args.loss_type, args.loss_kwargs) == tuple(own.values())  # type: ignore[attr-defined]
+    assert 0 < logs(run_directory)[0]["mean_gate"] < 1
+
+
+def test_trls_own_losses_stay_on_the_command_line(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["deft", "sft", *flags(options(run_directory)), "--loss_type", "dft"]
+    monkeypatch.setattr(sys, "argv", argv)
+    cli.main()
+    assert "loss" in logs(run_directory)[0]
+    assert "mean_gate" not in logs(run_directory)[0]
+
+
+def test_unknown_loss_type_as_flag_names_the_choices(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["deft", "sft", *flags(options(run_directory)), "--loss_type", "deftt"]
+    monkeypatch.setattr(sys, "argv", argv)
+    # TRL 1.9 gives its parser no choices; the configuration then refuses.
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        cli.main()
+    assert "cayley_trans" in capsys.readouterr().err + str(refusal.value)
+
+
+def test_unknown_loss_type_in_yaml_names_the_choices(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": "deftt"}))
+    monkeypatch.setattr(sys, "argv", ["deft", "sft", "--config", str(path)])
+    with pytest.raises(ValueError, match=r"(?s)loss_type='deftt'.*cayley_trans"):
+        cli.main()
+
+
+def test_list_of_objectives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deft", "objectives"])
+    cli.main()
+    listed = capsys.readouterr().out
+    assert [name for name in deft_plugin.objective_names() if f"{name} " not in listed] == []
+    assert "floor_coefficient=0.5" in listed
+
+
+@pytest.mark.parametrize("argument", [[], ["--help"]])
+def test_help(
+    argument: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deft", *argument])
+    cli.main()
+    assert "deft sft" in capsys.readouterr().out
+
+
+def test_unknown_command_names_the_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deft", "dpo"])
+    with pytest.raises(SystemExit) as exit_of_command:
+        cli.main()
+    assert exit_of_command.value.code == 2
+    assert "'dpo'. Choices: sft, objectives" in capsys.readouterr().err
