@@ -17,6 +17,7 @@ from .cases import (
     LINEAR_PATHS,
     OBJECTIVES,
     PATHS,
+    TILED_PATHS,
     Case,
     formula,
     gated,
@@ -79,6 +80,25 @@ def test_any_gap_between_two_logits_has_the_exact_loss_and_gradient(
     assert weight_gradient[0, 0].item() == pytest.approx(
         case.hidden.detach()[0, 0].item() * expected_gradient, rel=2 * relative, abs=absolute * 1e4
     )
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str
+)
+@pytest.mark.parametrize("logit", [0.0, 3.0, -30.0, 60.0, -100.0, 1e4])
+def test_a_softcap_that_saturates_keeps_its_small_derivative(
+    path: str, dtype: torch.dtype, tolerance: float, logit: float
+) -> None:
+    """1 / cosh^2, where 1 - tanh^2 would have rounded to 0."""
+    case = dataclasses.replace(two_words(logit, dtype), softcap=3.0)
+    with mpmath.workdps(60):
+        ratio = mpf(logit) / 3
+        other = 1 / (1 + mpmath.exp(3 * mpmath.tanh(ratio)))
+        expected = float(-other / mpmath.cosh(ratio) ** 2)
+    hidden_gradient = gradients(gated(path, case, "nll").loss, case)[0]
+    smallest = torch.finfo(dtype).tiny
+    assert hidden_gradient[0, 0].item() == pytest.approx(expected, rel=tolerance, abs=smallest)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deft_plugin.ops import chunked
+
 from .cases import (
     FUSED_PATHS,
     LINEAR_PATHS,
@@ -158,6 +160,22 @@ def test_the_size_of_tiles_changes_nothing(
     assert relative_error(result.loss, reference.loss) < 1e-10
     assert relative_error(result.gate, reference.gate) < 1e-10
     assert largest_error(gradients(result.loss, case), gradients(reference.loss, case)) < 1e-10
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 20])
+@pytest.mark.parametrize("masked_share", [0.0, 0.3])
+@pytest.mark.parametrize("name", ["deft", "cayley_trans"])
+def test_the_size_of_tiles_of_given_logits_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tile_rows: int, masked_share: float, name: str
+) -> None:
+    for budget in ("CPU_TILE_BYTES", "FROZEN_TILE_BYTES", "TRAINABLE_TILE_BYTES"):
+        monkeypatch.setattr(chunked, budget, 0)
+    monkeypatch.setattr(chunked, "SMALLEST_TILE_ROWS", tile_rows)
+    case = random_case(9, 30, masked_share=masked_share)
+    expected = formula(case, name, {}).sum() / (case.targets != -100).sum()
+    result = gated("logits", case, name)
+    assert relative_error(result.loss, expected) < 1e-10
+    assert largest_error(gradients(result.loss, case), gradients(expected, case)) < 1e-10
 
 
 @pytest.mark.parametrize("path", PATHS)
