@@ -37,7 +37,7 @@ def objective_of(args: Any) -> Objective | None:
     Raises:
         ValueError: an unknown `loss_type`, or parameters which it does not take.
     """
-    name = getattr(args, "loss_type", None)
+    name: Any = getattr(args, "loss_type", None)
     parameters = _parse(getattr(args, "loss_kwargs", None))
     if name not in TRL_LOSS_TYPES:
         if name not in objective_names():

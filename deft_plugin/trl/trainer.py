@@ -254,11 +254,14 @@ class SFTTrainer(trl.SFTTrainer):
     """`trl.SFTTrainer` whose `args.loss_type` also takes the objectives' names.
 
     All of TRL's arguments, data formats and methods work as they are documented there. With an objective,
-    the log has the metrics of `deft_plugin.metrics.METRICS` for training and evaluation.
+    the log has the metrics of `deft_plugin.metrics.METRICS` for training and evaluation. The model keeps its
+    gated head: after training too, `model(..., labels=...).loss` is the objective, until
+    `deft_plugin.gated_head_of(model).remove()` or another trainer.
 
     Raises:
         ValueError: before data is prepared, for an unknown loss_type or parameter, label smoothing, a
-            compute_loss_func, Liger's cross-entropy, an adapter on lm_head, a multi-modal model.
+            compute_loss_func, Liger's cross-entropy, an adapter on lm_head, a multi-modal model, context
+            or sequence parallelism.
     """
 
 
