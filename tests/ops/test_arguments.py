@@ -117,9 +117,6 @@ def test_a_head_that_does_not_fit_is_refused(
     [
         ({"path": "fused"}, "path='fused' is not valid. Choices: " + ", ".join(map(repr, NAMES))),
         ({"tile_rows": 0}, "tile_rows is 0; it must be an integer >= 1, or None"),
-        ({"skip_below": 1.0}, r"skip_below is 1.0; it must be a number in \[0, 1\)"),
-        ({"skip_below": math.nan}, "skip_below is nan"),
-        ({"path": "reference", "skip_below": 0.1}, "skip_below would be ignored"),
     ],
 )
 def test_an_unknown_path_or_tile_is_refused(options: dict[str, Any], message: str) -> None:

@@ -14,7 +14,7 @@ import deft_plugin
 from deft_plugin import Objective, TokenStatistics, WeightedObjective, gated_loss
 from deft_plugin.objectives import MissingStatisticError
 
-from .cases import PATHS, gated, gradients, largest_error, random_case, relative_error
+from .cases import PATHS, TILED_PATHS, gated, gradients, largest_error, random_case, relative_error
 from .formulas import shannon_entropy
 
 TargetFormula = Callable[[Tensor, Tensor], Tensor]
@@ -130,6 +130,18 @@ def test_its_gate_is_reported_in_an_evaluation(
         evaluation = gated(path, case, name)
     assert (evaluation.gate != 0).all()
     torch.testing.assert_close(evaluation.gate, training.gate, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize(("name", "sign"), [("unlikelihood", 1), ("focal", -1)])
+def test_a_negative_gate_or_upstream_gradient_is_not_skipped_as_a_small_one(
+    path: str, name: str, sign: int
+) -> None:
+    case = random_case(16, 12, logit_std=(0.1, 3.0))
+    weights = sign * torch.linspace(1, 2, 16, dtype=torch.float64, device=case.hidden.device)
+    exact = gradients(gated(path, case, name).token_loss @ weights, case)
+    result = gated(path, case, name, skip_below=2**-12)
+    assert largest_error(gradients(result.token_loss @ weights, case), exact) < 2**-11
 
 
 @pytest.mark.parametrize("path", PATHS)
