@@ -13,7 +13,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .objectives import Objective, build_objective
-from .ops import PATHS, GatedLoss, linear_gated_loss
+from .ops import CoreSettings, GatedLoss, linear_gated_loss
 from .ops.projection import LogitsTransform, project
 
 _ATTRIBUTE = "_deft_gated_head"
@@ -69,7 +69,7 @@ class GatedHead:
         model: the causal LM whose forward was replaced.
         objective: what labels are scored with. May be set between steps.
         with_entropy: whether to compute the Shannon entropy of every scored position.
-        path, tile_rows: as in `linear_gated_loss`.
+        settings: how the loss is computed.
     """
 
     def __init__(
@@ -77,15 +77,13 @@ class GatedHead:
         model: PreTrainedModel,
         objective: Objective,
         with_entropy: bool,
-        path: str,
-        tile_rows: int | None,
+        settings: CoreSettings,
         output_class: type[GatedCausalLMOutput],
     ) -> None:
         self.model = model
         self.objective = objective
         self.with_entropy = with_entropy
-        self.path = path
-        self.tile_rows = tile_rows
+        self.settings = settings
         self.output_class = output_class
         self.transform = logits_transform(model)
         self._observer: Callable[[GatedLoss], None] | None = None
@@ -235,8 +233,7 @@ class GatedHead:
                 ignore_index=ignore_index,
                 num_items_in_batch=num_items_in_batch,
                 with_entropy=self.with_entropy,
-                path=self.path,  # type: ignore[arg-type]
-                tile_rows=self.tile_rows,
+                **asdict(self.settings),
             )
             return dict(vars(gated))
 
@@ -286,6 +283,7 @@ def add_gated_head(
     with_entropy: bool = False,
     path: str = "auto",
     tile_rows: int | None = None,
+    skip_below: float = 0.0,
     output_class: type[GatedCausalLMOutput] = GatedCausalLMOutput,
 ) -> GatedHead:
     """Give a Hugging Face causal LM a gated head, in place.
@@ -307,7 +305,7 @@ def add_gated_head(
         objective: a registered name or an `Objective`.
         parameters: the named objective's parameters.
         with_entropy: also compute the Shannon entropy of every scored position.
-        path, tile_rows: as in `linear_gated_loss`.
+        path, tile_rows, skip_below: as in `linear_gated_loss`.
         output_class: class of the output, for adapters that need other names on it.
 
     Raises:
@@ -316,8 +314,7 @@ def add_gated_head(
             differ from the model's own.
     """
     objective = build_objective(objective, parameters)
-    if path not in PATHS:
-        raise ValueError(f"path={path!r} is not valid. Choices: {', '.join(map(repr, PATHS))}.")
+    settings = CoreSettings(path, tile_rows, skip_below)
     model = causal_lm_of(model)
     check_model(model)
     present = getattr(model, _ATTRIBUTE, None)
@@ -326,7 +323,7 @@ def add_gated_head(
             f"The model has a gated head with {present.objective!r} already. Set its `objective`, or "
             "remove() it first."
         )
-    head = GatedHead(model, objective, with_entropy, path, tile_rows, output_class)
+    head = GatedHead(model, objective, with_entropy, settings, output_class)
     check_against_own_forward(model, head.transform)
     head.install()
     return head

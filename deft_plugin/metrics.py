@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import GatedLoss
+from .ops.output import gradient_bound
 
 CLOSED_GATE = 0.1
 METRICS = {
@@ -21,6 +22,11 @@ METRICS = {
     "mean_gate": "mean factor on a token's gradient",
     "closed_gate_share": f"share of tokens with a gate below {CLOSED_GATE}",
 }
+# Only with `skip_below`.
+SKIPPING_METRICS = {
+    "skipped_share": "share of tokens left out of the gradients",
+    "skipped_gradient_share": "their share of the gradients' sum of absolute values, at most",
+}
 
 
 class TokenMetrics:
@@ -30,6 +36,7 @@ class TokenMetrics:
         self._sums: Tensor | None = None
         self._has_focus = True
         self._has_entropy = True
+        self._has_skipping = False
 
     def reset(self) -> None:
         """Start a new window."""
@@ -41,6 +48,9 @@ class TokenMetrics:
         dtype = torch.float32 if gated.log_p.device.type == "mps" else torch.float64
         self._has_focus = gated.focus is not None
         self._has_entropy = gated.entropy is not None
+        self._has_skipping = gated.skipped is not None
+        skipped = gated.log_p.new_zeros(1) if gated.skipped is None else gated.skipped
+        bound = gradient_bound(gated.log_p, gated.gate)
         mask = gated.mask
         absent = gated.log_p.new_zeros(1)
         sums = torch.stack(
@@ -56,24 +66,27 @@ class TokenMetrics:
                     absent if gated.focus is None else gated.focus,
                     gated.gate,
                     (gated.gate < CLOSED_GATE) & mask,
+                    skipped,
+                    bound * skipped,
+                    bound,
                 )
             ]
         )
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
     def means(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Means over the window on all ranks, by the names in `METRICS`; {} without any token.
+        """Means over the window on all ranks, by the names in `METRICS` and `SKIPPING_METRICS`; {} without any token.
 
         Collective when torch.distributed is initialised: every rank has to call it.
         """
-        sums = torch.zeros(9, dtype=torch.float64) if self._sums is None else self._sums
+        sums = torch.zeros(12, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
         count, *totals = sums.tolist()
         if not count:
             return {}
-        loss, nll, entropy, top1, probability, focus, gate, closed = (
+        loss, nll, entropy, top1, probability, focus, gate, closed, skipped, lost, bound = (
             total / count for total in totals
         )
         means = {
@@ -87,9 +100,13 @@ class TokenMetrics:
             "mean_focus": focus,
             "mean_gate": gate,
             "closed_gate_share": closed,
+            "skipped_share": skipped,
+            "skipped_gradient_share": lost / bound if bound else 0.0,
         }
         if not self._has_focus:
             del means["mean_focus"]
         if not self._has_entropy:
             del means["entropy"]
+        if not self._has_skipping:
+            del means["skipped_share"], means["skipped_gradient_share"]
         return means

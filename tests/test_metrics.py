@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deft_plugin import GatedLoss, gated_loss
+from deft_plugin import GatedLoss, gated_loss, linear_gated_loss
 from deft_plugin.metrics import METRICS, TokenMetrics
 from tests.formula_metrics import formula_metrics
 
@@ -139,3 +139,17 @@ def _add_own_batches(rank: int, store: str) -> None:
 @pytest.mark.slow
 def test_means_are_over_the_tokens_of_all_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_add_own_batches, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_what_was_skipped_is_counted_with_its_share_of_the_gradient() -> None:
+    hidden = torch.tensor([[30.0, 0.0], [30.0, 0.0], [0.0, 0.0], [30.0, 0.0]])
+    targets = torch.tensor([0, 0, 1, -100])
+    gated = linear_gated_loss(
+        hidden.requires_grad_(), torch.eye(2), targets, "nll", skip_below=2**-12
+    )
+    metrics = TokenMetrics()
+    metrics.add(gated)
+    means = metrics.means()
+    settled = 2 / (1 + math.exp(30.0))
+    assert means["skipped_share"] == pytest.approx(2 / 3)
+    assert means["skipped_gradient_share"] == pytest.approx(2 * settled / (2 * settled + 1))

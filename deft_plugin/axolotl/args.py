@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import objective_class
-from ..ops import PATHS
+from ..ops import PATHS, CoreSettings, split_settings
 from .conflicts import find_conflicts
 
 DEFAULT_OBJECTIVE = "deft"
@@ -50,17 +50,20 @@ class DEFTSettings(BaseModel):
         description="Tokens whose logits are held at a time. Left out: as many as fit a fixed buffer.",
     )
 
-    @field_validator("path")
-    @classmethod
-    def _known_path(cls, path: str) -> str:
-        if path not in PATHS:
-            raise ValueError(f"{path!r} is not valid. Choices: {', '.join(PATHS)}.")
-        return path
+    skip_below: float = Field(
+        default=0.0,
+        description="Tokens whose gradient is bounded by less than this share of the mean are left out of "
+        "the gradients' products, for example 0.000244 (2^-12). 0 leaves none out.",
+    )
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The objective's parameters."""
-        return dict(self.model_extra or {})
+    @model_validator(mode="after")
+    def _valid_settings(self) -> Self:
+        self.split()
+        return self
+
+    def split(self) -> tuple[CoreSettings, dict[str, Any]]:
+        """The core's settings and the objective's parameters."""
+        return split_settings(self.model_dump(exclude={"module"}))
 
 
 class DEFTArgs(BaseModel):
@@ -75,7 +78,7 @@ class DEFTArgs(BaseModel):
     deft: DEFTSettings = Field(
         default_factory=DEFTSettings,
         description=f"Parameters of the objective, with defaults: {_signatures()}. Beside them: module, "
-        "path, tile_rows.",
+        "path, tile_rows, skip_below.",
     )
     # After the block, whose module may register it.
     deft_objective: str = Field(
@@ -114,7 +117,7 @@ class DEFTArgs(BaseModel):
     @model_validator(mode="after")
     def _valid_parameters(self) -> Self:
         try:
-            build_objective(self.deft_objective, self.deft.parameters)
+            build_objective(self.deft_objective, self.deft.split()[1])
         except ValueError as error:
             raise ValueError(f"deft: {error}") from None
         return self

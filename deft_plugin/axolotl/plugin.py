@@ -88,9 +88,9 @@ class DEFTPlugin(BasePlugin):
                 f"The trainer is a {type(trainer).__name__}, not the {DEFTTrainer.__name__} of deft_plugin: "
                 "another plugin has replaced it. Remove that plugin, or DEFTPlugin."
             )
-        settings = DEFTSettings(**(cfg.deft or {}))
-        objective = build_objective(cfg.deft_objective, settings.parameters)
-        trainer.install(objective, settings.path, settings.tile_rows)
+        settings, parameters = DEFTSettings(**(cfg.deft or {})).split()
+        objective = build_objective(cfg.deft_objective, parameters)
+        trainer.install(objective, settings)
         _say(_summary(trainer, objective))
         return [_CheckAtTrainBegin(trainer)]
 
@@ -124,7 +124,9 @@ def _summary(trainer: DEFTTrainer, objective: Objective) -> str:
     head = gated_head_of(trainer.model)
     assert head is not None
     weight = head.model.get_output_embeddings().weight
-    path = "triton" if chooses_triton(head.path, trainer.args.device) else head.path
+    path = (
+        "triton" if chooses_triton(head.settings.path, trainer.args.device) else head.settings.path
+    )
     return (
         f"objective {objective!r}; gated head on {type(head.model).__name__} "
         f"({'trainable' if weight.requires_grad else 'frozen'} lm_head, path "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from axolotl.core.trainers import AxolotlTrainer
@@ -10,6 +11,7 @@ from transformers import Trainer
 
 from ..head import add_gated_head
 from ..objectives import Objective
+from ..ops import CoreSettings
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, own_rows
 
@@ -44,7 +46,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
     `install` gives the model its gated head; without it, nothing can be trained or evaluated.
     """
 
-    def install(self, objective: Objective, path: str, tile_rows: int | None) -> None:
+    def install(self, objective: Objective, settings: CoreSettings) -> None:
         """Give the model its gated head.
 
         Raises:
@@ -57,9 +59,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
                 "deft_plugin does not support. Start one process per GPU, as axolotl train does, or show "
                 "one GPU: CUDA_VISIBLE_DEVICES=0."
             )
-        head = add_gated_head(
-            self.model, objective, with_entropy=True, path=path, tile_rows=tile_rows
-        )
+        head = add_gated_head(self.model, objective, with_entropy=True, **asdict(settings))
         keep_cpu_weights_unpacked(self.model)
         # Axolotl asks the backbone, which takes no num_items_in_batch; the gated head does, and it
         # shifts labels also for a model whose loss transformers does not know.

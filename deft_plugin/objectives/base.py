@@ -33,6 +33,9 @@ class Objective:
     name: ClassVar[str] = ""
     # Optional statistics that `loss` reads: any of "collision", "entropy", "top_k_entropy".
     needs: ClassVar[tuple[str, ...]] = ()
+    # Whether one token's loss depends on which other tokens are in the micro-batch. A False that is not true
+    # gives a trainable lm_head wrong gradients; a True costs it a fourth matrix product.
+    couples_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -71,11 +74,6 @@ class Objective:
     def focus(self, statistics: TokenStatistics) -> Tensor | None:
         """The exponent a of the deformed logarithm, shape (N,); None for losses of another form."""
         return None
-
-    @property
-    def couples_tokens(self) -> bool:
-        """Whether one token's loss depends on which other tokens are in the micro-batch."""
-        return False
 
     @property
     def top_k(self) -> int | None:

@@ -22,6 +22,8 @@ from .statistics import TokenStatistics
 class NegativeLogLikelihood(FocusObjective):
     """-log p; gate 1. The family's end a = 0: full weight on every token (coverage)."""
 
+    couples_tokens: ClassVar[bool] = False
+
     def focus(self, statistics: TokenStatistics) -> Tensor:
         return torch.zeros_like(statistics.log_p)
 
@@ -30,6 +32,8 @@ class NegativeLogLikelihood(FocusObjective):
 @dataclass(frozen=True)
 class LinearProbability(FocusObjective):
     """1 - p; gate p. The family's end a = 1: only tokens already believed in move (sharpening)."""
+
+    couples_tokens: ClassVar[bool] = False
 
     def focus(self, statistics: TokenStatistics) -> Tensor:
         return torch.ones_like(statistics.log_p)
@@ -44,6 +48,7 @@ class FixedFocus(FocusObjective):
         a: the focus, >= 0. 0 is `nll`, 1 is `p`.
     """
 
+    couples_tokens: ClassVar[bool] = False
     a: float = 0.5
 
     def validate(self) -> None:
@@ -57,6 +62,8 @@ class FixedFocus(FocusObjective):
 @dataclass(frozen=True)
 class DynamicFineTuning(WeightedObjective):
     """-stop_gradient(p) log p; gate p (arXiv 2508.05629). The gradient of `p` under another loss."""
+
+    couples_tokens: ClassVar[bool] = False
 
     def weight(self, statistics: TokenStatistics) -> Tensor:
         return statistics.p
@@ -75,6 +82,7 @@ class EntropyAdaptive(WeightedObjective):
         exponent: >= 0; 0 gives `nll`.
     """
 
+    couples_tokens: ClassVar[bool] = False
     entropy: Literal["top_k", "full"] = "top_k"
     k: int = 20
     normalizer: float = 3.0
@@ -110,6 +118,8 @@ class Cayley(FocusObjective):
 
     From a = 0 (nll) for a token the model does not believe in to a = 1 (1 - p) for one it is sure of.
     """
+
+    couples_tokens: ClassVar[bool] = False
 
     def focus(self, statistics: TokenStatistics) -> Tensor:
         return _cayley_transform(statistics.p)
@@ -153,7 +163,7 @@ class CayleyTrans(FocusObjective):
             )
 
     @property
-    def couples_tokens(self) -> bool:
+    def couples_tokens(self) -> bool:  # type: ignore[override]
         return self.scope == "micro_batch"
 
     def focus(self, statistics: TokenStatistics) -> Tensor:
@@ -172,6 +182,7 @@ class DEFT(FocusObjective):
     it is settled, and it needs no epsilon, since 1/V <= a <= 1.
     """
 
+    couples_tokens: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("collision",)
 
     def focus(self, statistics: TokenStatistics) -> Tensor:

@@ -75,7 +75,7 @@ def objective(
                 "__module__": function.__module__,
                 "loss": loss,
                 "needs": needs,
-                "couples_tokens": property(lambda self: couples_tokens),
+                "couples_tokens": couples_tokens,
             },
         )
         _add(name, cls)

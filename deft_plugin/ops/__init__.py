@@ -1,7 +1,15 @@
 """The fused projection core. Knows the objectives' statistics; knows no model and no trainer."""
 
-from .linear import PATHS, linear_gated_loss
+from .linear import linear_gated_loss
 from .logits import gated_loss
 from .output import GatedLoss
+from .settings import PATHS, CoreSettings, split_settings
 
-__all__ = ["PATHS", "GatedLoss", "gated_loss", "linear_gated_loss"]
+__all__ = [
+    "PATHS",
+    "CoreSettings",
+    "GatedLoss",
+    "gated_loss",
+    "linear_gated_loss",
+    "split_settings",
+]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics
+from .output import gradient_bound
 from .projection import LogitsTransform
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
@@ -113,7 +114,7 @@ def default_tile_rows(
 
 def chunked_token_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
-) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor | None]:
     """Sum of losses (), losses (n,), statistics, gates (n,) and whether skipped (n,) of the valid tokens.
 
     The sum and the losses are differentiable in hidden, weight and bias. Backward through the sum only
@@ -265,7 +266,7 @@ class _Gradients:
             torch.empty_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
         )
         self._keep = 0
-        self.skipped = torch.zeros_like(head.targets, dtype=torch.bool)
+        self.skipped = torch.zeros_like(head.targets, dtype=torch.bool) if head.skip_below else None
         self.wanted = any(wanted)
         self.need_gate = wanted[1] or wanted[2]
 
@@ -297,7 +298,7 @@ class _Gradients:
 
     def _rows_that_earn(self, tile: _Tile, gate: Tensor) -> Tensor | None:
         """Rows of the tile whose gradient is worth a product; None for all. Synchronises with the host."""
-        if not self.head.skip_below:
+        if self.skipped is None:
             return None
         bound = gradient_bound(tile.statistics.log_p, gate)
         # Written so that NaN is kept.
@@ -307,11 +308,6 @@ class _Gradients:
             return None
         self.skipped[tile.positions] = skipped
         return kept
-
-
-def gradient_bound(log_p: Tensor, gate: Tensor) -> Tensor:
-    """2 |g| (1 - p), the sum of absolute values of a token's gradient in its logits."""
-    return -2 * gate.abs() * torch.expm1(log_p)
 
 
 def _add_product_(accumulator: Tensor, keep: int, left: Tensor, right: Tensor) -> None:

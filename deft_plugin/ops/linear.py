@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from .output import (
 )
 from .projection import LogitsTransform, product_dtype, project
 from .reference import reference_token_loss
+from .settings import CoreSettings, Path
 from .softmax import StatisticsRequest
-
-Path = Literal["auto", "triton", "chunked", "reference"]
-PATHS: tuple[str, ...] = ("auto", "triton", "chunked", "reference")
 
 
 def linear_gated_loss(
@@ -85,7 +83,7 @@ def linear_gated_loss(
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
     _check_shapes(hidden, weight, targets, bias)
-    check_path(path, tile_rows, skip_below)
+    CoreSettings(path, tile_rows, skip_below)
     valid = ValidTargets.check(targets, weight.size(0), ignore_index)
     request = StatisticsRequest.of(objective, with_entropy)
     hidden = hidden.reshape(-1, hidden.size(-1))
@@ -158,15 +156,3 @@ def _check_shapes(
             f"hidden and weight must be floating; their dtypes are {hidden.dtype} and "
             f"{weight.dtype}. A quantised lm_head is not supported: keep lm_head out of quantisation."
         )
-
-
-def check_path(path: str, tile_rows: int | None, skip_below: float) -> None:
-    """Raise `ValueError` for settings of `linear_gated_loss` that no call could have."""
-    if path not in PATHS:
-        raise ValueError(f"path={path!r} is not valid. Choices: {', '.join(map(repr, PATHS))}.")
-    if tile_rows is not None and tile_rows < 1:
-        raise ValueError(f"tile_rows is {tile_rows!r}; it must be an integer >= 1, or None.")
-    if not 0 <= skip_below < 1:
-        raise ValueError(f"skip_below is {skip_below!r}; it must be a number in [0, 1).")
-    if skip_below and path == "reference":
-        raise ValueError("skip_below would be ignored with path='reference': set it to 0.")

@@ -13,6 +13,7 @@ import trl
 from trl.trainer import sft_trainer
 
 from ..objectives import Objective, build_objective, objective_names
+from ..ops import CoreSettings, split_settings
 
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
@@ -22,7 +23,8 @@ TRL_LOSS_TYPES = (None, "nll", "dft") if HAS_FUSED_HEAD else (None, "nll", "dft"
 
 LOSS_KWARGS_HELP = (
     "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "
-    '\'{"floor_coefficient": 0.5}\' with `loss_type="cayley_trans"`.'
+    '\'{"floor_coefficient": 0.5}\' with `loss_type="cayley_trans"`. For every objective also path, '
+    "tile_rows and skip_below: how the loss is computed (see deft_plugin.linear_gated_loss)."
 )
 
 
@@ -46,13 +48,18 @@ def objective_of(args: Any) -> Objective | None:
                 build_objective(name)
             except ValueError as error:
                 raise ValueError(f"loss_type={name!r}: {error} TRL's own: {own}.") from None
-        return build_objective(name, parameters)
+        return build_objective(name, split_settings(parameters)[1])
     if parameters:
         raise ValueError(
             f"loss_kwargs={parameters!r} would be ignored: loss_type={name!r} is TRL's own loss and takes "
             f"no parameters. Loss types with parameters are among {', '.join(loss_types())}."
         )
     return None
+
+
+def core_settings_of(args: Any) -> CoreSettings:
+    """How training arguments want the objective to be computed."""
+    return split_settings(_parse(getattr(args, "loss_kwargs", None)))[0]
 
 
 def _parse(parameters: Any) -> dict[str, Any]:

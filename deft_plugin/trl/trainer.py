@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,9 +27,16 @@ from trl.trainer import sft_trainer
 
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
+from ..ops import CoreSettings
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, own_rows
-from .config import HAS_FUSED_HEAD, SFTConfig, extend_config_class, objective_of
+from .config import (
+    HAS_FUSED_HEAD,
+    SFTConfig,
+    core_settings_of,
+    extend_config_class,
+    objective_of,
+)
 from .conflicts import check_conflicts, check_unchanged
 
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
@@ -95,7 +102,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         check_conflicts(arguments, objective.name, liger_is_whole=not HAS_FUSED_HEAD)
         with _stand_in(training_args), _without_trls_head():
             original["__init__"](self, *args, **kwargs)
-        self._gating = _install(self, objective)
+        self._gating = _install(self, objective, core_settings_of(training_args))
 
     @functools.wraps(original["train"])
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,7 +199,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     return undo
 
 
-def _install(trainer: Any, objective: Objective) -> GatedTraining:
+def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> GatedTraining:
     """Give a new trainer's model its gated head."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -204,7 +211,9 @@ def _install(trainer: Any, objective: Objective) -> GatedTraining:
     model = causal_lm_of(trainer.model)
     if hasattr(model, "router_aux_loss_coef"):
         model.router_aux_loss_coef = model.config.router_aux_loss_coef
-    head = add_gated_head(trainer.model, objective, with_entropy=True, output_class=TRLOutput)
+    head = add_gated_head(
+        trainer.model, objective, with_entropy=True, output_class=TRLOutput, **asdict(settings)
+    )
     keep_cpu_weights_unpacked(trainer.model)
     # Trainer has looked at the model before it had a gated head, which shifts labels and takes
     # num_items_in_batch whatever the model's own forward does.

@@ -34,7 +34,7 @@ def test_one_line_means_deft() -> None:
     [
         ("cayley_trans", {"floor_coefficient": 0.3, "minimum": 0.01}),
         ("eaft", {"k": 5}),
-        ("alpha", {"a": 0.2, "path": "chunked", "tile_rows": 64}),
+        ("alpha", {"a": 0.2, "path": "chunked", "tile_rows": 64, "skip_below": 0.001}),
         ("deft", {}),
     ],
 )
@@ -72,7 +72,7 @@ def test_an_empty_block_is_no_block() -> None:
             {"deft_objective": "cayley_trans", "deft": {"scope": "batch"}},
             ["'scope'", "'batch'", "micro_batch"],
         ),
-        ({"deft": {"path": "cuda"}}, ["deft.path", "'cuda'", "chunked"]),
+        ({"deft": {"path": "cuda"}}, ["deft", "path='cuda'", "chunked"]),
         ({"deft": {"tile_rows": 0}}, ["deft.tile_rows", "0", "greater than 0"]),
         ({"deft": {"tile_rows": "64"}}, ["deft.tile_rows", "'64'", "integer"]),
         ({"deft": "cayley_trans"}, ["deft", "'cayley_trans'", "dictionary"]),

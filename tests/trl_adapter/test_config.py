@@ -100,6 +100,8 @@ def test_help_names_every_objective(config_class: Any) -> None:
         ({"loss_type": "alpha", "loss_kwargs": {"a": -1}}, "'a'.*-1"),
         ({"loss_type": "deft", "loss_kwargs": {"a": 0.5}}, "'deft'.*'a'"),
         ({"loss_type": "nll", "loss_kwargs": {"a": 0.5}}, r"'a': 0.5.*would be ignored.*'nll'"),
+        ({"loss_type": "deft", "loss_kwargs": {"path": "cuda"}}, "path='cuda'.*'chunked'"),
+        ({"loss_type": "deft", "loss_kwargs": {"skip_below": 2}}, r"skip_below is 2.*\[0, 1\)"),
         ({"loss_type": "alpha", "loss_kwargs": "a=1"}, "loss_kwargs='a=1' is not JSON"),
         ({"loss_type": "alpha", "loss_kwargs": "[1]"}, "loss_kwargs.*must be a dict"),
         ({"loss_type": "alpha", "loss_kwargs": [1]}, "loss_kwargs.*must be a dict"),

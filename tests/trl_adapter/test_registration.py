@@ -186,3 +186,15 @@ def test_model_of_an_earlier_trainer_trains_with_what_the_next_one_asks_for(tmp_
         assert all(torch.equal(update[name], expected[name]) for name in expected)
         assert logged(again, "loss") == logged(fresh, "loss")
         assert logged(again, "mean_gate") == logged(fresh, "mean_gate")
+
+
+def test_settings_of_the_core_reach_the_head_and_the_log(tmp_path: Path) -> None:
+    settings = {"path": "chunked", "tile_rows": 3, "skip_below": 0.5}
+    args = config(tmp_path, loss_type="alpha", loss_kwargs={"a": 0.3, **settings})
+    trainer = make_trainer(args, make_rows(4))
+    head = deft_plugin.gated_head_of(trainer.model)
+    assert head is not None
+    assert head.objective == deft_plugin.build_objective("alpha", {"a": 0.3})
+    assert dataclasses.asdict(head.settings) == settings
+    trainer.train()
+    assert 0 <= trainer.state.log_history[0]["skipped_share"] <= 1
