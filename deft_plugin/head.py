@@ -145,7 +145,7 @@ class GatedHead:
         own_forward = self._own_attributes.get("forward") or functools.partial(
             self._own_class.forward, model
         )
-        positional = inspect.signature(own_forward).bind_partial(*args).arguments
+        positional = inspect.signature(own_forward).bind_partial(*args).arguments if args else {}
         # A TypeError where an argument is given twice.
         arguments = dict(**positional, **kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
@@ -310,8 +310,8 @@ def add_gated_head(
 
     Raises:
         ValueError: a bad objective or parameter; a model without a plain linear lm_head (an adapter on it,
-            quantised, none); a multi-modal, encoder-decoder or masked LM; logits or an auxiliary loss that
-            differ from the model's own.
+            quantised, none); a multi-modal, encoder-decoder or masked LM; logits or losses that differ
+            from the model's own.
     """
     objective = build_objective(objective, parameters)
     settings = CoreSettings(path, tile_rows, skip_below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,10 @@ class LogitsLoss:
     Args:
         objective: a registered name or an `Objective`.
         parameters: the named objective's parameters.
+
+    Raises:
+        ValueError: an unknown objective or parameter; when called, outputs with a mixture's auxiliary loss,
+            whose coefficient a compute_loss_func does not see.
     """
 
     def __init__(self, objective: str | Objective = "deft", **parameters: Any) -> None:
@@ -29,6 +34,12 @@ class LogitsLoss:
     def __call__(
         self, outputs: Any, labels: Tensor, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor:
+        if isinstance(outputs, Mapping) and outputs.get("aux_loss") is not None:
+            raise ValueError(
+                "The model's auxiliary loss would be dropped: a compute_loss_func does not see its coefficient. "
+                "Use deft_plugin.add_gated_head(model), which keeps it, or set "
+                "model.config.output_router_logits=False to train without it."
+            )
         logits = outputs["logits"]
         # Shifting the labels, not the logits, avoids a copy of the logits.
         targets = functional.pad(labels[..., 1:], (0, 1), value=-100).to(logits.device)

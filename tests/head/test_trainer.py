@@ -116,6 +116,13 @@ def test_logits_loss_takes_parameters_and_refuses_unknown_ones(tmp_path: Path) -
         LogitsLoss("alpha", b=0.25)
 
 
+def test_logits_loss_refuses_to_drop_an_auxiliary_loss(tmp_path: Path) -> None:
+    model = tiny_model("mixtral")
+    trainer = make_trainer(model, tmp_path, compute_loss_func=LogitsLoss("deft"))
+    with pytest.raises(ValueError, match=r"auxiliary loss would be dropped.*add_gated_head"):
+        trainer.train()
+
+
 class WithoutLossArguments(LlamaForCausalLM):
     """Says that it would not take num_items_in_batch, as many models do."""
 
