@@ -210,6 +210,7 @@ def model_card(run: Run) -> str:
         for name, result in run.results.items()
     )
     return f"""---
+license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 language: en
@@ -217,8 +218,9 @@ language: en
 # A small base model for the fine-tuning demo
 
 A Qwen3 decoder of {run.parameters / 1e6:.2f} million parameters over bytes, made by
-`scripts/make_base_model.py` from random weights. It answers short questions of the kinds below and
-nothing else; it is there to be fine-tuned on a further kind in minutes, without a GPU.
+`scripts/make_base_model.py` from random weights. It knows the form of short questions and answers of the
+kinds below, a part of the answers themselves (see the accuracies), and nothing else; it is there to be
+fine-tuned on a further kind in minutes, without a GPU.
 
 | training | |
 |---|---|

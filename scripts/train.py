@@ -177,7 +177,7 @@ def main(
     loss_type: str = typer.Option("deft", help="Objective; `deft objectives` lists them."),
     loss_kwargs: str | None = typer.Option(None, help="The objective's parameters, as JSON."),
     output: Path = typer.Option(Path("runs/demo"), help="Folder for adapter, figures and plot."),
-    steps: int = typer.Option(300, min=1, help="Optimizer steps."),
+    steps: int = typer.Option(200, min=1, help="Optimizer steps."),
     batch_size: int = typer.Option(32, min=1, help="Examples per forward pass."),
     accumulation: int = typer.Option(1, min=1, help="Forward passes per step."),
     learning_rate: float = typer.Option(
