@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,22 @@ from torch import Tensor
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
+from .step_mean import StepMean
 
 
 class GatedTraining:
-    """A gated head with its metrics over the logging window and over the running evaluation."""
+    """A gated head with its metrics over the logging window and over the running evaluation.
 
-    def __init__(self, head: GatedHead) -> None:
+    Attributes:
+        head: the gated head.
+        step_mean: what gives the objective its mean over the optimizer step; None where it needs none.
+    """
+
+    def __init__(self, trainer: Any, head: GatedHead) -> None:
         self.head = head
+        self.step_mean = StepMean(head) if head.objective.step_scope else None
+        if self.step_mean is not None:
+            trainer.add_callback(self.step_mean)
         self._train = TokenMetrics()
         self._eval = TokenMetrics()
 
@@ -40,6 +49,8 @@ class GatedTraining:
             nonlocal forwards
             forwards += 1
             metrics.add(gated, rows)
+            if training and self.step_mean is not None:
+                self.step_mean.observe(gated)
 
         with self.head.observed_by(observe):
             yield
@@ -52,6 +63,13 @@ class GatedTraining:
     def start_training(self) -> None:
         """Forget the unlogged rest of an earlier or interrupted training."""
         self._train.reset()
+        if self.step_mean is not None:
+            self.step_mean.reset()
+
+    def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
+        """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
+        if self.step_mean is not None and batches:
+            self.step_mean.begin_step(trainer, batches)
 
     def train_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the logging window on all ranks, which ends here. Collective."""

@@ -65,11 +65,16 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         # shifts labels also for a model whose loss transformers does not know.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self._gated = GatedTraining(head)
+        self._gated = GatedTraining(self, head)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._installed().start_training()
         return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        self._installed().start_step(self, batches)
+        return batches, num_items_in_batch
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._installed().scoring(training=True):

@@ -76,6 +76,16 @@ class Objective:
         return None
 
     @property
+    def step_scope(self) -> str | None:
+        """Where the loss needs the mean of p over the optimizer step: "global" for this one, "ema" for a
+        running mean of those before; None where it needs none. A trainer gives it with `at_mean`."""
+        return None
+
+    def at_mean(self, mean: float | None) -> Objective:
+        """The objective for a step with this mean of p; None for that of each micro-batch."""
+        return self
+
+    @property
     def top_k(self) -> int | None:
         """How many of the largest logits `statistics.top_k_entropy` looks at."""
         return None

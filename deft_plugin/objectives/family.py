@@ -6,7 +6,7 @@ Each is exact: no epsilon is added anywhere. Sources are named by arXiv number.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -134,39 +134,68 @@ class CayleyTrans(FocusObjective):
         floor_coefficient: in [0, 1].
         scope: where the mean of p in f comes from. "micro_batch": the valid tokens of one forward
             pass on one rank, as in the authors' code; the loss then depends on batch size,
-            packing and the number of ranks. "fixed": `mean_probability`, so that tokens are
-            independent of each other.
-        mean_probability: the mean of p to use with scope "fixed", in [0, 1].
+            packing and the number of ranks. "global": all valid tokens of the optimizer step on all
+            ranks, exactly, for an extra forward pass over each step of more than one micro-batch.
+            "ema": a running mean of that over the steps before, saved in checkpoints. "fixed":
+            `mean_probability`. A trainer provides the mean for "global" and "ema" (`at_mean`).
+        mean_probability: in [0, 1]; the mean of p to use with scope "fixed", or that scope "ema" begins
+            with (by default the first step's own).
+        decay: weight of the past in the running mean of scope "ema", in [0, 1); by default 0.9.
         minimum: lower bound of a, in [0, 1].
     """
 
     floor_coefficient: float = 0.5
-    scope: Literal["micro_batch", "fixed"] = "micro_batch"
+    scope: Literal["micro_batch", "fixed", "global", "ema"] = "micro_batch"
     mean_probability: float | None = None
+    decay: float | None = None
     minimum: float = 0.001
 
     def validate(self) -> None:
         self.require("floor_coefficient", 0 <= self.floor_coefficient <= 1, "in [0, 1]")
         self.require("minimum", 0 <= self.minimum <= 1, "in [0, 1]")
-        if self.scope == "fixed":
-            mean = self.mean_probability
+        mean, decay = self.mean_probability, self.decay
+        if self.scope == "fixed" or (self.scope == "ema" and mean is not None):
             self.require(
                 "mean_probability",
                 mean is not None and 0 <= mean <= 1,
-                "a number in [0, 1] when scope is 'fixed'",
+                f"a number in [0, 1] when scope is {self.scope!r}",
             )
         else:
             self.require(
                 "mean_probability",
-                self.mean_probability is None,
-                "left out unless scope is 'fixed', since it would not be used",
+                mean is None,
+                "left out unless scope is 'fixed' or 'ema', since it would not be used",
+            )
+        if self.scope == "ema":
+            self.require("decay", decay is None or 0 <= decay < 1, "in [0, 1)")
+        else:
+            self.require(
+                "decay", decay is None, "left out unless scope is 'ema', since it would not be used"
             )
 
     @property
     def couples_tokens(self) -> bool:  # type: ignore[override]
-        return self.scope == "micro_batch"
+        return self.scope != "fixed"
+
+    @property
+    def step_scope(self) -> str | None:
+        return self.scope if self.scope in ("global", "ema") else None
+
+    def at_mean(self, mean: float | None) -> CayleyTrans:
+        return replace(
+            self,
+            scope="micro_batch" if mean is None else "fixed",
+            mean_probability=mean,
+            decay=None,
+        )
 
     def focus(self, statistics: TokenStatistics) -> Tensor:
+        if self.step_scope is not None:
+            raise ValueError(
+                f"Objective {self.name!r}: scope={self.scope!r} needs the mean over the whole optimizer "
+                "step, which the TRL and Axolotl trainers provide. Here, use at_mean(mean), or scope "
+                "'micro_batch' or 'fixed'."
+            )
         p = statistics.p
         mean = p.mean() if self.mean_probability is None else self.mean_probability
         floor = self.floor_coefficient * mean

@@ -76,6 +76,7 @@ class TRLOutput(GatedCausalLMOutput):
 _EXTENDED_METHODS = (
     "__init__",
     "train",
+    "get_batch_samples",
     "training_step",
     "prediction_step",
     "compute_loss",
@@ -110,6 +111,14 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         if gating is not None:
             gating.start_training()
         return original["train"](self, *args, **kwargs)
+
+    @functools.wraps(original["get_batch_samples"])
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items_in_batch = original["get_batch_samples"](self, *args, **kwargs)
+        gating = _gating_of(self)
+        if gating is not None:
+            gating.start_step(self, batches)
+        return batches, num_items_in_batch
 
     # The whole step, so that a subclass with a compute_loss of its own is seen too.
     @functools.wraps(original["training_step"])
@@ -181,6 +190,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     for extension in (
         __init__,
         train,
+        get_batch_samples,
         training_step,
         prediction_step,
         compute_loss,
@@ -219,7 +229,7 @@ def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> Gate
     # num_items_in_batch whatever the model's own forward does.
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
-    return GatedTraining(head)
+    return GatedTraining(trainer, head)
 
 
 def _remove_gated_head(model: Any) -> None:

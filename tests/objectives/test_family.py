@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mpmath import mpf
 
-from deft_plugin import Objective, TokenStatistics, build_objective, deformed_log_loss
+from deft_plugin import (
+    Objective,
+    TokenStatistics,
+    build_objective,
+    deformed_log_loss,
+    objective_names,
+)
 
 from .tokens import token_statistics
 
@@ -286,6 +292,25 @@ def test_micro_batch_scope_is_the_fixed_scope_at_the_mean_of_p() -> None:
     coupled = build_objective("cayley_trans")
     fixed = build_objective("cayley_trans", {"scope": "fixed", "mean_probability": mean})
     torch.testing.assert_close(coupled.gate(statistics), fixed.gate(statistics), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["global", "ema"])
+def test_a_scope_of_the_whole_step_is_the_fixed_scope_at_its_mean(scope: str) -> None:
+    statistics = token_statistics([-0.1, -2.0, -7.0])
+    objective = build_objective("cayley_trans", {"scope": scope, "floor_coefficient": 0.7})
+    fixed = {"scope": "fixed", "mean_probability": 0.4, "floor_coefficient": 0.7}
+    assert objective.step_scope == scope
+    assert objective.at_mean(0.4) == build_objective("cayley_trans", fixed)
+    assert objective.at_mean(None) == build_objective("cayley_trans", {"floor_coefficient": 0.7})
+    with pytest.raises(ValueError, match=f"scope='{scope}' needs the mean.*at_mean"):
+        objective.gate(statistics)
+
+
+@pytest.mark.parametrize("name", sorted(set(objective_names()) - {"cayley_trans"}))
+def test_no_other_objective_needs_a_mean(name: str) -> None:
+    objective = build_objective(name)
+    assert objective.step_scope is None
+    assert objective.at_mean(0.4) is objective
 
 
 @pytest.mark.parametrize(("name", "parameters", "exact"), BY_NAME)

@@ -44,6 +44,18 @@ from deft_plugin import build_objective
             {"mean_probability": 0.5},
             ["'mean_probability'", "0.5", "'fixed'", "not be used"],
         ),
+        (
+            "cayley_trans",
+            {"scope": "global", "mean_probability": 0.5},
+            ["'mean_probability'", "0.5", "'ema'", "not be used"],
+        ),
+        (
+            "cayley_trans",
+            {"scope": "ema", "mean_probability": -1},
+            ["'mean_probability'", "-1", "[0, 1]", "'ema'"],
+        ),
+        ("cayley_trans", {"scope": "ema", "decay": 1}, ["'decay'", "1", "[0, 1)"]),
+        ("cayley_trans", {"decay": 0.5}, ["'decay'", "0.5", "'ema'", "not be used"]),
         ("cayley_trans", {"mean_probability": "half"}, ["'mean_probability'", "'half'", "None"]),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,20 @@ from tests.updates import assert_same_update, make_rows, update_of
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_update_and_the_metrics_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("loss_type", "loss_kwargs"),
+    [("deft", {}), ("cayley_trans", {"scope": "global"}), ("cayley_trans", {"scope": "ema"})],
+    ids=str,
+)
+def test_two_ranks_have_the_update_and_the_metrics_of_one(
+    tmp_path: Path, loss_type: str, loss_kwargs: dict[str, Any]
+) -> None:
     rows = make_rows(2, seed=1, shortest=3, longest=4) + make_rows(6, seed=2)
     # Not a multiple of what the ranks take at once: one of them repeats rows to fill up its last batch.
     eval_rows = make_rows(5, seed=3)
     options = {
+        "loss_type": loss_type,
+        "loss_kwargs": loss_kwargs,
         "gradient_accumulation_steps": 2,
         "per_device_eval_batch_size": 2,
         "eval_strategy": "steps",
