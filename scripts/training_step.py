@@ -110,7 +110,6 @@ def make_model(shape: Shape, device: str) -> LlamaForCausalLM:
                 if isinstance(module, nn.Linear):
                     setattr(parent, name, _in_nf4(module, dtype, device))
     model.is_loaded_in_4bit = True
-    model.is_quantized = True
     keep_cpu_weights_unpacked(model)
     return model
 
