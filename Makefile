@@ -1,20 +1,24 @@
 # Two commands do all the set-up, each in its own virtual environment:
 #   make demo    QLoRA fine-tune with DEFT on the shipped base model (no hub, no GPU needed)
 #   make test    lint, types, and the tests under both supported lines of versions
+# On a GPU, make test-gpu runs the core's tests there, and make benchmark measures it.
 
 PYTHON ?= python3
 TRL := .venv
 AXOLOTL := .venv-axolotl
 WORKERS ?= 2
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-gpu lint benchmark clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
 
 test: $(TRL)/.ready $(AXOLOTL)/.ready lint
-	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow or axolotl"
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q -n $(WORKERS)
+
+test-gpu: $(TRL)/.ready
+	$(TRL)/bin/python -m pytest -q tests/ops
 
 lint: $(TRL)/.ready
 	$(TRL)/bin/ruff check .
@@ -22,16 +26,16 @@ lint: $(TRL)/.ready
 	$(TRL)/bin/mypy
 
 benchmark: $(TRL)/.ready
-	$(TRL)/bin/python scripts/benchmark.py
+	$(TRL)/bin/python scripts/benchmark.py loss
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,scripts,dev]"
+	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,dev]"
 	touch $@
 
 $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,dev]"
+	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,dev]"
 	touch $@
 
 clean:
