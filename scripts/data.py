@@ -47,6 +47,10 @@ def load_data(
         ValueError: something of that name does not exist; the message has the choices.
     """
     if name in FINE_TUNING_TASKS:
+        if config or columns or held_out_split or train_split != "train":
+            raise ValueError(
+                f"--dataset {name!r} is a task, which has no configurations, splits or columns to choose from."
+            )
         return make_splits(FINE_TUNING_TASKS[name], train_rows, held_out_rows, seed)
     splits = _load(name, config)
     for option, split in (("--train-split", train_split), ("--held-out-split", held_out_split)):
@@ -71,10 +75,14 @@ def load_data(
 
 def _load(name: str, config: str | None) -> DatasetDict:
     path = Path(name)
+    is_file = path.suffix in FILE_TYPES
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     try:
-        if path.suffix in FILE_TYPES:
+        if config and (is_file or is_saved):
+            raise ValueError(f"it has no configurations, and --dataset-config is {config!r}")
+        if is_file:
             return load_dataset(FILE_TYPES[path.suffix], data_files=name)
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        if is_saved:
             data = load_from_disk(name)
             return data if isinstance(data, DatasetDict) else DatasetDict(train=data)
         return load_dataset(name, config)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 LOGGED = {
     "loss": "loss",
     "nll": "nll",
-    "mean_token_accuracy": "accuracy",
+    "mean_token_accuracy": "token acc",
     "mean_focus": "focus",
     "mean_gate": "gate",
 }
@@ -23,10 +23,7 @@ console = Console()
 
 
 class ConsoleLog(TrainerCallback):
-    """A progress bar, and a line of metrics for every log. Use it as a context around `trainer.train()`.
-
-    Accuracy is that of tokens.
-    """
+    """A progress bar, and a line of metrics for every log; a context around `trainer.train()`."""
 
     def __init__(self) -> None:
         columns = (
@@ -72,7 +69,7 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float], title
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for name, value in before.items():
-        style = "bold" if name in ("accuracy", "nll") else None
+        style = "bold" if name in ("answer_accuracy", "nll") else None
         table.add_row(name.replace("_", " "), f"{value:.4f}", f"{after[name]:.4f}", style=style)
     return table
 

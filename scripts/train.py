@@ -136,7 +136,8 @@ def measure(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, rows: Datas
     if "task" in rows.column_names:
         result = evaluate(trainer.model, tokenizer, rows, batch_size=COMPARED)
         return HeldOut(
-            {"accuracy": result.accuracy, "nll": result.nll, **figures}, result.answers[:COMPARED]
+            {"answer_accuracy": result.accuracy, "nll": result.nll, **figures},
+            result.answers[:COMPARED],
         )
     prompts = [prompt_and_reference(row)[0] for row in rows.take(min(SHOWN, len(rows)))]
     return HeldOut(figures, greedy_answers(trainer.model, tokenizer, prompts))
@@ -260,8 +261,9 @@ def main(
         # lost, and an adapter that is loaded again computes in float32.
         parameter.data = parameter.data.float()
     console.print(
-        f"{len(data['train'])} training and {len(held_out)} held-out examples; "
-        f"{sum(p.numel() for p in trainable):,} trainable parameters"
+        f"{Path(model).name}{' in 4 bit' if four_bit else ''}, LoRA with "
+        f"{sum(p.numel() for p in trainable):,} parameters, {len(data['train'])} training and "
+        f"{len(held_out)} held-out examples"
     )
     console.print("Measuring the base model ...")
     before = measure(trainer, tokenizer, held_out)

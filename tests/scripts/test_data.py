@@ -87,12 +87,26 @@ def test_splits_of_a_saved_folder_are_chosen_by_name(
         ),
     ],
 )
-def test_a_wrong_split_or_column_is_answered_with_the_choices(
+def test_a_wrong_split_column_or_configuration_is_answered_with_the_choices(
     row: dict[str, Any], options: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     name = write(tmp_path / "rows.jsonl", row)
     with pytest.raises(ValueError, match=message):
         load_data(name, train_rows=1, held_out_rows=1, seed=0, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config": "main"},
+        {"columns": "prompt"},
+        {"train_split": "test"},
+        {"held_out_split": "test"},
+    ],
+)
+def test_a_choice_that_a_task_does_not_have_is_refused(options: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="'spell_backward' is a task, which has no configurations"):
+        load_data("spell_backward", train_rows=1, held_out_rows=1, seed=0, **options)
 
 
 @pytest.mark.parametrize("name", ["spell_backwards", "there/is/none", "none.jsonl", "broken.json"])
@@ -103,3 +117,17 @@ def test_an_unknown_name_is_answered_with_the_choices(
     Path("broken.json").write_text('{"text": ')
     with pytest.raises(ValueError, match=rf"--dataset '{name}' cannot .*spell_backward, .*\.jsonl"):
         load_data(name, train_rows=1, held_out_rows=1, seed=0)
+
+
+def test_configurations_of_a_data_set_are_chosen_by_name(tmp_path: Path) -> None:
+    for config in ("main", "socratic"):
+        write(tmp_path / f"{config}.jsonl", {"text": config})
+    files = "".join(
+        f"- {{config_name: {c}, data_files: {c}.jsonl}}\n" for c in ("main", "socratic")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    data = load_data(str(tmp_path), 5, 5, seed=0, config="socratic")
+    assert data["train"][0] == {"text": "socratic"}
+    for wrong in (None, "test"):
+        with pytest.raises(ValueError, match=r"'main', 'socratic'"):
+            load_data(str(tmp_path), 5, 5, seed=0, config=wrong)

@@ -65,7 +65,7 @@ def test_the_demo_in_miniature(scripts: Path, tmp_path: Path) -> None:
     before, after = results["before"], results["after"]
     assert after["nll"] < 0.8 * before["nll"]
     assert after["mean_token_accuracy"] > before["mean_token_accuracy"] + 0.1
-    assert 0 <= before["accuracy"] <= after["accuracy"] <= 1
+    assert 0 <= before["answer_accuracy"] <= after["answer_accuracy"] <= 1
     for name, value in after.items():
         assert f"{name.replace('_', ' ')}" in output
         assert f"{value:.4f}" in output
