@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from ..tiny import tiny_model
-
-DIRECTORY = Path(__file__).parents[2] / "deepspeed_configs"
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}
+from .deepspeed_files import DIRECTORY, STAGES, filled
 
 pytest.importorskip("deepspeed")
-
-
-def filled(path: Path, **options: Any) -> Any:
-    """The file with "auto" replaced as transformers.Trainer does it on one process."""
-    from transformers.integrations.deepspeed import (
-        HfTrainerDeepSpeedConfig,
-        unset_hf_deepspeed_config,
-    )
-
-    model = tiny_model("llama")
-    # Without deepspeed=path, which would start a process group.
-    arguments = TrainingArguments(output_dir="unused", use_cpu=True, **options)
-    config = HfTrainerDeepSpeedConfig(str(path))
-    # Or every model that is made later is partitioned.
-    unset_hf_deepspeed_config()
-    config.trainer_config_process(arguments)
-    config.trainer_config_finalize(arguments, model, num_training_steps=10)
-    return config
 
 
 def test_there_is_a_file_for_each_stage() -> None:
@@ -42,13 +19,14 @@ def test_there_is_a_file_for_each_stage() -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_trainers_arguments_fill_every_auto(name: str) -> None:
-    options = {
-        "per_device_train_batch_size": 3,
-        "gradient_accumulation_steps": 4,
-        "max_grad_norm": 0.25,
-        "bf16": True,
-    }
-    config = filled(DIRECTORY / f"{name}.json", **options)
+    config = filled(
+        name,
+        tiny_model("llama"),
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=4,
+        max_grad_norm=0.25,
+        bf16=True,
+    )
 
     assert "auto" not in json.dumps(config.config)
     assert config.dtype() == torch.bfloat16
@@ -62,7 +40,7 @@ def test_the_trainers_arguments_fill_every_auto(name: str) -> None:
 def test_deepspeed_reads_the_stage_and_where_things_are_kept(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    config = DeepSpeedConfig(filled(DIRECTORY / f"{name}.json").config)
+    config = DeepSpeedConfig(filled(name, tiny_model("llama")).config)
 
     assert not config.bfloat16_config.enabled
     zero = config.zero_config

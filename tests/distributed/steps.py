@@ -1,0 +1,203 @@
+"""The same optimizer steps on one process and on many, under each kind of data parallelism.
+
+Every step has four micro-batches of unequal lengths and label counts, dealt to the ranks in turn. In the second
+step the last rank has no label at all; in the third a single micro-batch has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from deft_plugin import add_gated_head
+
+from ..head.oracle import Batch, make_batch
+from ..tiny import tiny_model
+from ..updates import trainable
+from .deepspeed_files import STAGES, filled
+
+STEPS = 5
+MICRO_BATCHES = 4
+# Gradients are clipped in some of the steps.
+MAX_GRAD_NORM = 1.0
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and an objective to train it with.
+
+    Args:
+        model: "full", "tied" (embeddings and lm_head are one) or "lora" (a frozen lm_head).
+    """
+
+    objective: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    model: str = "full"
+
+
+def make_model(kind: str) -> nn.Module:
+    """A tiny Llama, the same on every rank."""
+    model = tiny_model("llama", initializer_range=0.08, tie_word_embeddings=kind == "tied")
+    if kind != "lora":
+        return model
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def make_steps(steps: int = STEPS) -> list[list[Batch]]:
+    """The micro-batches of every step."""
+    batches = [
+        [make_batch(length=8 + 2 * index, seed=4 * step + index) for index in range(MICRO_BATCHES)]
+        for step in range(steps)
+    ]
+    for index in (1, 3):
+        batches[1][index]["labels"].fill_(-100)
+    batches[2][0]["labels"].fill_(-100)
+    return batches
+
+
+def label_count(micro_batches: Iterable[Batch]) -> int:
+    """How many tokens are scored."""
+    return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+
+
+class OneProcess:
+    """Plain PyTorch: what the others are compared with."""
+
+    def __init__(self, model: nn.Module, learning_rate: float = 0.05) -> None:
+        self.model = self.wrapped(model)
+        parameters = [value for value in model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.SGD(parameters, learning_rate, momentum=0.9)
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def accumulate(self, batch: Batch, count: int, last: bool) -> None:
+        """Add the gradient of one micro-batch, of a step with `count` labels on all ranks."""
+        # Data parallelism averages the ranks' gradients, and their sum is wanted.
+        scale = distributed.get_world_size() if distributed.is_initialized() else 1
+        with self.synchronised(last):
+            loss = self.model(**batch, num_items_in_batch=count).loss * scale
+            self.backward(loss)
+
+    def synchronised(self, last: bool) -> Any:
+        """A context for the micro-batches of a step."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        """Clip and update."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def parameters(self, model: nn.Module) -> Parameters:
+        """The whole parameters that train, on every rank."""
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
+            for name, value in trainable(model).items()
+        }
+
+
+class DDP(OneProcess):
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model)
+
+    def synchronised(self, last: bool) -> Any:
+        return nullcontext() if last else self.model.no_sync()
+
+
+class FSDP2(OneProcess):
+    """As accelerate shards: the decoder layers, and all else with the root. (On a CPU it does not itself.)"""
+
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        for module in [*model.modules()]:
+            if type(module).__name__ == "LlamaDecoderLayer":
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+class DeepSpeed(OneProcess):
+    """DeepSpeed's engine with one of the repository's configurations."""
+
+    file = ""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        import deepspeed
+
+        config = filled(
+            self.file,
+            model,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=MICRO_BATCHES // distributed.get_world_size(),
+            max_grad_norm=MAX_GRAD_NORM,
+        ).config
+        self.model, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config={**config, "zero_allow_untested_optimizer": True},
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        # As accelerate calls it: the loss is over the tokens of the whole step already.
+        self.model.backward(loss, scale_wrt_gas=False)
+        # Once per micro-batch: the engine counts them.
+        self.model.step()
+
+    def step(self) -> None:
+        pass
+
+    def parameters(self, model: nn.Module) -> Parameters:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return super().parameters(model)
+
+
+KINDS: dict[str, type[OneProcess]] = {
+    "ddp": DDP,
+    "fsdp2": FSDP2,
+    **{name: type(name, (DeepSpeed,), {"file": name}) for name in STAGES},
+}
+
+
+def train(run: Run, kind: type[OneProcess], rank: int = 0, world_size: int = 1) -> Parameters:
+    """The parameters after all steps, of which this rank takes its share of micro-batches."""
+    model = make_model(run.model)
+    add_gated_head(model, run.objective, run.parameters)
+    trainer = kind(model)
+    for micro_batches in make_steps():
+        count = label_count(micro_batches)
+        own = micro_batches[rank::world_size]
+        for index, batch in enumerate(own):
+            trainer.accumulate(batch, count, last=index == len(own) - 1)
+        trainer.step()
+    return trainer.parameters(model)
+
+
+Rank = Callable[[int], list[Parameters]]
+
+
+def train_all(runs: list[Run], kind: str, world_size: int) -> Rank:
+    """A function for `run_ranks` that trains one run after the other."""
+
+    def on(rank: int) -> list[Parameters]:
+        return [train(run, KINDS[kind], rank, world_size) for run in runs]
+
+    return on

@@ -1,0 +1,51 @@
+"""Two and four processes train as one does: the same parameters after five steps, for every objective."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from .ranks import run_ranks
+from .steps import OneProcess, Run, train, train_all
+
+# Objectives that couple no tokens: what one process computes does not depend on the micro-batches.
+OBJECTIVES = [
+    Run("deft"),
+    Run("cayley"),
+    Run("cayley_trans", {"scope": "fixed", "mean_probability": 0.3}),
+    Run("alpha", {"a": 0.3}),
+    Run("p"),
+    Run("eaft"),
+    Run("eaft", {"entropy": "full"}),
+    Run("nll"),
+    Run("dft"),
+]
+MODELS = [Run("deft", model="tied"), Run("deft", model="lora")]
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+
+
+def kinds(*names: str) -> list:
+    """Parameters of a test, without those that the environment does not have."""
+    return [
+        pytest.param(name, marks=needs_deepspeed) if name.startswith("zero") else name
+        for name in names
+    ]
+
+
+def compare(runs: list[Run], kind: str, directory: Path, world_size: int) -> None:
+    ranks = run_ranks(train_all(runs, kind, world_size), directory, world_size)
+    for index, run in enumerate(runs):
+        expected = train(run, OneProcess)
+        for parameters in ranks:
+            actual = parameters[index]
+            assert actual.keys() == expected.keys()
+            for name, value in expected.items():
+                difference = (actual[name] - value).abs().max().item()
+                assert difference < 1e-5, f"{run}: {name} differs by {difference}"
+
+
+@pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+def test_two_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
+    compare(OBJECTIVES + MODELS, kind, tmp_path, world_size=2)
