@@ -14,7 +14,8 @@ demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
 
 test: $(TRL)/.ready $(AXOLOTL)/.ready lint
-	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow or axolotl"
+	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) tests/axolotl_adapter
+	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/axolotl_adapter
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q -n $(WORKERS)
 
 test-gpu: $(TRL)/.ready
