@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """`deft sft ...` is `trl sft ...` with objectives; `deft objectives` lists them."""
+    """`deft sft ...` is `trl sft ...` with objectives, which `deft objectives` lists; `deft doctor` checks."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "sft":
         from .trl.sft import main as sft
@@ -14,12 +14,20 @@ def main() -> None:
         sft(arguments)
     elif command == "objectives":
         _list_objectives()
+    elif command == "doctor":
+        from .doctor import main as doctor
+
+        doctor(arguments)
     elif command in ("-h", "--help", "help"):
         print(
-            "usage: deft sft [flags and YAML of `trl sft`, with --loss_type deft]\n       deft objectives"
+            "usage: deft sft [flags and YAML of `trl sft`, with --loss_type deft]\n"
+            "       deft objectives\n"
+            "       deft doctor [YAML of Axolotl or `trl sft` ...]"
         )
     else:
-        print(f"deft: unknown command {command!r}. Choices: sft, objectives.", file=sys.stderr)
+        print(
+            f"deft: unknown command {command!r}. Choices: sft, objectives, doctor.", file=sys.stderr
+        )
         raise SystemExit(2)
 
 

@@ -18,11 +18,13 @@ collect_ignore_glob = [] if find_spec("axolotl") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _imports_are_not_garbage() -> None:
-    """Axolotl collects garbage four times a run, most of it spent on what its imports left behind."""
+def _imports_are_not_garbage() -> Iterator[None]:
+    """Axolotl collects garbage four times a run, and spends it on what its imports left behind."""
     import axolotl.train  # noqa: F401
 
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -41,15 +41,25 @@ def formula_update(base_model: Path, rows: Rows, objective: str) -> Update:
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-@pytest.mark.parametrize("objective", ["deft", "p", "nll"])
+@pytest.mark.parametrize(
+    ("objective", "parameters"),
+    [("deft", {}), ("p", {}), ("nll", {}), ("cayley_trans", {"scope": "global"})],
+    ids=["deft", "p", "nll", "cayley_trans-global"],
+)
 def test_update_is_that_of_the_formula_however_the_step_is_split(
-    base_model: Path, tmp_path: Path, objective: str, micro_batch_size: int, accumulation: int
+    base_model: Path,
+    tmp_path: Path,
+    objective: str,
+    parameters: dict[str, Any],
+    micro_batch_size: int,
+    accumulation: int,
 ) -> None:
     rows = make_rows(4)
     values = configuration(
         base_model,
         tmp_path,
         deft_objective=objective,
+        deft=parameters,
         micro_batch_size=micro_batch_size,
         gradient_accumulation_steps=accumulation,
     )

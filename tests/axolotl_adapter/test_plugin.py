@@ -13,8 +13,9 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader
 from axolotl.utils.dict import DictDefault
 
-from deft_plugin import gated_head_of
+from deft_plugin import build_objective, gated_head_of
 from deft_plugin.axolotl import DEFTPlugin
+from deft_plugin.ops import CoreSettings
 from tests.updates import make_rows
 
 from .running import PLUGIN, configuration, make_trainer, validate
@@ -193,7 +194,7 @@ def test_several_gpus_in_one_process_are_refused(
     trainer = make_trainer(configuration(base_model, tmp_path), make_rows(4))
     monkeypatch.setattr(trainer.args, "_n_gpu", 2)
     with pytest.raises(ValueError, match="one process per GPU"):
-        trainer.install(gated_head_of(trainer.model).objective, "auto", None)  # type: ignore[union-attr]
+        trainer.install(build_objective("deft"), CoreSettings())
 
 
 def test_a_plugin_that_cannot_be_imported_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,25 +22,36 @@ ROOT = Path(__file__).parents[2]
 STEPS = 3
 COMPARED = ("loss", "grad_norm", "nll", "ppl", "mean_gate", "mean_focus", "objective_loss")
 
-FSDP2 = {
-    "fsdp_version": 2,
-    "fsdp_config": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_layer_cls_to_wrap": "Qwen3DecoderLayer",
-        "state_dict_type": "FULL_STATE_DICT",
-        "reshard_after_forward": True,
-    },
-    # Needs an optimizer that knows sharded tensors, as Axolotl's adamw does.
-    "dp_shard_size": 2,
-}
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
-needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+GLOBAL = {"deft_objective": "cayley_trans", "deft": {"scope": "global"}}
+
+
+def fsdp2() -> dict[str, Any]:
+    """Keys that shard the model."""
+    return {
+        "fsdp_version": 2,
+        "fsdp_config": {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "Qwen3DecoderLayer",
+            "state_dict_type": "FULL_STATE_DICT",
+            "reshard_after_forward": True,
+        },
+        "dp_shard_size": 2,
+    }
+
+
+def ddp() -> dict[str, Any]:
+    """No keys: what Axolotl does with several ranks."""
+    return {}
 
 
 def zero(stage: int) -> dict[str, Any]:
     """The repository's DeepSpeed configuration, for an optimizer that it has not been tested with."""
     config = json.loads((ROOT / f"deepspeed_configs/zero{stage}.json").read_text())
     return {"deepspeed": {**config, "zero_allow_untested_optimizer": True}}
+
+
+needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
 
 
 def entries(log: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -48,29 +61,27 @@ def entries(log: list[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "overrides"),
+    ("kind", "distribution", "training"),
     [
-        ("MULTI_CPU", dict),
-        ("FSDP", lambda: FSDP2),
-        ("FSDP", lambda: FSDP2 | LORA),
-        pytest.param("DEEPSPEED", lambda: zero(2), marks=needs_deepspeed),
-        pytest.param("DEEPSPEED", lambda: zero(3), marks=needs_deepspeed),
-        pytest.param("DEEPSPEED", lambda: zero(3) | LORA, marks=needs_deepspeed),
+        pytest.param("MULTI_CPU", ddp, {}, id="ddp"),
+        pytest.param("MULTI_CPU", ddp, GLOBAL, id="ddp-global"),
+        pytest.param("FSDP", fsdp2, {}, id="fsdp2"),
+        pytest.param("FSDP", fsdp2, LORA, id="fsdp2-lora"),
+        pytest.param("DEEPSPEED", partial(zero, 2), {}, id="zero2", marks=needs_deepspeed),
+        pytest.param("DEEPSPEED", partial(zero, 3), GLOBAL, id="zero3", marks=needs_deepspeed),
+        pytest.param("DEEPSPEED", partial(zero, 3), LORA, id="zero3-lora", marks=needs_deepspeed),
     ],
-    ids=["ddp", "fsdp2", "fsdp2-lora", "zero2", "zero3", "zero3-lora"],
 )
 def test_two_ranks_log_what_one_process_logs(
-    base_model: Path, tmp_path: Path, kind: str, overrides: Any
+    base_model: Path,
+    tmp_path: Path,
+    kind: str,
+    distribution: Callable[[], dict[str, Any]],
+    training: dict[str, Any],
 ) -> None:
     # Every step has all rows, so that it does not matter which rank gets which.
     rows = make_rows(4)
-    distributed = overrides()
-    common = {
-        "max_steps": STEPS,
-        "num_epochs": STEPS,
-        "learning_rate": 0.1,
-        **{key: value for key, value in distributed.items() if key in LORA},
-    }
+    common = {"max_steps": STEPS, "num_epochs": STEPS, "learning_rate": 0.1, **training}
     alone = make_trainer(configuration(base_model, tmp_path, micro_batch_size=4, **common), rows)
     alone.train()
 
@@ -79,7 +90,8 @@ def test_two_ranks_log_what_one_process_logs(
         tmp_path,
         micro_batch_size=1,
         gradient_accumulation_steps=2,
-        **common | distributed,
+        **common,
+        **distribution(),
     )
     files = [tmp_path / name for name in ("values.json", "rows.json", "log.json")]
     files[0].write_text(json.dumps(values))

@@ -1,0 +1,49 @@
+"""`deft doctor` finds in an Axolotl YAML what Axolotl itself would pass over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deft_plugin.doctor import Finding, check_yaml
+
+from .running import PLUGIN, configuration
+
+
+def findings(tmp_path: Path, **overrides: Any) -> list[Finding]:
+    """What the doctor says of a configuration with these keys."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(configuration(Path("not-loaded"), tmp_path, **overrides)))
+    return list(check_yaml(path))
+
+
+def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
+    block = {"scope": "fixed", "mean_probability": 0.25, "tile_rows": 64}
+    (finding,) = findings(tmp_path, deft_objective="cayley_trans", deft=block)
+    assert finding.level == "ok"
+    assert "CayleyTrans" in finding.text
+    assert "mean_probability=0.25" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"plugins": None, "deft_objective": "deft"}, "would train with its own loss"),
+        ({"plugins": ["deft_plugin.axolotl.DEFTPlugn"]}, "would train with its own loss"),
+        ({"plugins": ["deft_plugn.axolotl.DEFTPlugin"]}, "would train with its own loss"),
+        ({"plugins": [PLUGIN, "no_such_package.Plugin"]}, "no_such_package"),
+        ({"deft_objective": "dfet"}, "dfet"),
+        ({"use_eaft": True}, "use_eaft"),
+        ({"micro_batch_size": "many"}, "micro_batch_size"),
+        ({"learning_rte": 0.1}, "'learning_rte'"),
+    ],
+)
+def test_what_would_train_something_else_is_an_error(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    errors = [found.text for found in findings(tmp_path, **keys) if found.level == "error"]
+    assert len(errors) == 1
+    assert message in errors[0]

@@ -1,0 +1,157 @@
+"""`deft doctor` names what keeps an environment or a YAML from training with an objective."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import deft_plugin
+from deft_plugin import cli, doctor
+
+
+@pytest.fixture(autouse=True)
+def _trl_is_left_as_it_was() -> Iterator[None]:
+    yield
+    deft_plugin.unregister()
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, str]:
+    """Exit status and output of `deft doctor`."""
+    monkeypatch.setattr("sys.argv", ["deft", "doctor", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0), capsys.readouterr().out
+
+
+def errors_of(path: Path, **values: Any) -> list[str]:
+    """The errors in a YAML with these keys."""
+    path.write_text(yaml.safe_dump(values))
+    return [found.text for found in doctor.check_yaml(path) if found.level == "error"]
+
+
+def test_the_environment_of_the_tests_is_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, output = run(capsys, monkeypatch)
+    assert status == 0
+    assert f"torch {torch.__version__}" in output
+    assert "agree with the definition" in output
+    assert "error" not in output
+    assert ("Axolotl can import" in output) == (find_spec("axolotl") is not None)
+
+
+def test_a_version_that_does_not_fit_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "1.8.0" if name == "trl" else version(name)
+    )
+    status, output = run(capsys, monkeypatch)
+    assert status == 1
+    assert "trl is 1.8.0" in output
+    assert ">=1.9" in output
+
+
+def test_a_loss_that_is_wrong_on_the_device_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = doctor.linear_gated_loss
+
+    def wrong(*arguments: Any, path: str, **options: Any) -> Any:
+        return loss(
+            *arguments, path=path, **options | {"logit_scale": 1.1 if path == "auto" else 1}
+        )
+
+    monkeypatch.setattr(doctor, "linear_gated_loss", wrong)
+    status, output = run(capsys, monkeypatch)
+    assert status == 1
+    assert "differs from its definition" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("loss_type: [", "cannot be read"),
+        ("deft", "is not a YAML mapping"),
+        ("loss_type: deft", "neither base_model (Axolotl) nor model_name_or_path (trl sft)"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_an_error(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert message in finding.text
+
+
+def test_a_file_that_is_not_there_fails_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status, output = run(capsys, monkeypatch, str(tmp_path / "none.yaml"))
+    assert status == 1
+    assert "none.yaml" in output
+    assert "cannot be read" in output
+
+
+TRL = {"model_name_or_path": "not-loaded", "dataset_name": "not-loaded", "use_cpu": True}
+TRL |= {"bf16": False, "report_to": "none"}
+
+
+def test_a_trl_file_with_an_objective_is_fine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    values = {
+        **TRL,
+        "output_dir": str(tmp_path),
+        "loss_type": "alpha",
+        "loss_kwargs": '{"a": 0.25}',
+    }
+    path.write_text(yaml.safe_dump(values))
+    status, output = run(capsys, monkeypatch, str(path))
+    assert status == 0
+    assert "a=0.25" in output
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "TRL's own loss"),
+        ({"loss_type": "nll"}, "TRL's own loss"),
+        ({"loss_type": "dfet"}, "dfet"),
+        ({"loss_type": "alpha", "loss_kwargs": '{"b": 1}'}, "'b'"),
+        ({"loss_type": "deft", "no_such_key": 1}, "no_such_key"),
+    ],
+)
+def test_a_trl_file_without_a_valid_objective_is_an_error(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    (error,) = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **keys)
+    assert message in error
+
+
+@pytest.mark.skipif(find_spec("axolotl") is not None, reason="axolotl is installed")
+def test_an_axolotl_file_where_axolotl_is_not_installed_is_an_error(tmp_path: Path) -> None:
+    (error,) = errors_of(tmp_path / "run.yaml", base_model="not-loaded")
+    assert "axolotl is not installed" in error
+
+
+@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--fix", 2)])
+def test_options_show_the_usage(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, status: int
+) -> None:
+    actual, output = run(capsys, monkeypatch, option)
+    assert actual == status
+    assert "usage: deft doctor" in output
