@@ -218,9 +218,9 @@ class GatedHead:
     ) -> GatedLoss:
         # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
         layer = model.get_output_embeddings()
-        check_lm_head(layer)
 
         def score(hidden_states: Tensor) -> dict[str, Any]:
+            check_lm_head(layer)
             weight, bias = _head_parameters(layer)
             gated = linear_gated_loss(
                 hidden_states.to(weight.device),
@@ -237,7 +237,7 @@ class GatedHead:
             )
             return dict(vars(gated))
 
-        if isinstance(layer, FSDPModule):
+        if isinstance(layer, FSDPModule) or hasattr(layer, "ds_id"):
             return GatedLoss(**_called_as(layer, score, hidden_states))
         return GatedLoss(**score(hidden_states))
 
