@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -43,6 +44,8 @@ def run_ranks(
             "MASTER_PORT": str(port),
         }
         torch.set_num_threads(1)
+        # DeepSpeed collects garbage for every engine, and spends it on what imports left behind.
+        gc.freeze()
         try:
             distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
             torch.save(function(rank), directory / f"{rank}.pt")

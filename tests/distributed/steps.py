@@ -38,7 +38,8 @@ class Run:
     """A model and an objective to train it with.
 
     Args:
-        model: "full", "tied" (embeddings and lm_head are one) or "lora" (a frozen lm_head).
+        model: "full", "tied" (embeddings and lm_head are one), "lora" (a frozen lm_head) or "lora-head" (an
+            lm_head that trains beside the adapters).
     """
 
     objective: str
@@ -49,10 +50,15 @@ class Run:
 def make_model(kind: str) -> nn.Module:
     """A tiny Llama, the same on every rank."""
     model = tiny_model("llama", initializer_range=0.08, tie_word_embeddings=kind == "tied")
-    if kind != "lora":
+    if not kind.startswith("lora"):
         return model
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        modules_to_save=["lm_head"] if kind == "lora-head" else None,
+    )
     return get_peft_model(model, config)
 
 
@@ -76,7 +82,7 @@ def label_count(micro_batches: Iterable[Batch]) -> int:
 class OneProcess:
     """Plain PyTorch: what the others are compared with."""
 
-    def __init__(self, model: nn.Module, learning_rate: float = 0.05) -> None:
+    def __init__(self, model: nn.Module, learning_rate: float = 0.5) -> None:
         self.model = self.wrapped(model)
         parameters = [value for value in model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, learning_rate, momentum=0.9)
@@ -104,13 +110,6 @@ class OneProcess:
         nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def parameters(self, model: nn.Module) -> Parameters:
-        """The whole parameters that train, on every rank."""
-        return {
-            name: value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
-            for name, value in trainable(model).items()
-        }
 
 
 class DDP(OneProcess):
@@ -163,12 +162,6 @@ class DeepSpeed(OneProcess):
     def step(self) -> None:
         pass
 
-    def parameters(self, model: nn.Module) -> Parameters:
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            return super().parameters(model)
-
 
 KINDS: dict[str, type[OneProcess]] = {
     "ddp": DDP,
@@ -188,7 +181,31 @@ def train(run: Run, kind: type[OneProcess], rank: int = 0, world_size: int = 1) 
         for index, batch in enumerate(own):
             trainer.accumulate(batch, count, last=index == len(own) - 1)
         trainer.step()
-    return trainer.parameters(model)
+    return whole_parameters(model)
+
+
+def whole_parameters(model: nn.Module) -> Parameters:
+    """The parameters that train, gathered from all ranks."""
+    parameters = list(model.parameters())
+    gathered: Any = nullcontext()
+    # ZeRO-3's are partitioned.
+    if hasattr(parameters[0], "ds_id"):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(parameters)
+    with gathered:
+        return {
+            name: value.full_tensor() if isinstance(value, DTensor) else value.detach().clone()
+            for name, value in trainable(model).items()
+        }
+
+
+def assert_same_parameters(actual: Parameters, expected: Parameters, run: Run) -> None:
+    """To 1e-5; a step moves them by a hundred times that and more."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (actual[name] - value).abs().max().item()
+        assert difference < 1e-5, f"{run}: {name} differs by {difference}"
 
 
 Rank = Callable[[int], list[Parameters]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .ranks import run_ranks
-from .steps import OneProcess, Run, train, train_all
+from .steps import OneProcess, Run, assert_same_parameters, train, train_all
 
 # Objectives that couple no tokens: what one process computes does not depend on the micro-batches.
 OBJECTIVES = [
@@ -22,7 +22,7 @@ OBJECTIVES = [
     Run("nll"),
     Run("dft"),
 ]
-MODELS = [Run("deft", model="tied"), Run("deft", model="lora")]
+MODELS = [Run("deft", model=model) for model in ("tied", "lora", "lora-head")]
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
 
 
@@ -39,11 +39,7 @@ def compare(runs: list[Run], kind: str, directory: Path, world_size: int) -> Non
     for index, run in enumerate(runs):
         expected = train(run, OneProcess)
         for parameters in ranks:
-            actual = parameters[index]
-            assert actual.keys() == expected.keys()
-            for name, value in expected.items():
-                difference = (actual[name] - value).abs().max().item()
-                assert difference < 1e-5, f"{run}: {name} differs by {difference}"
+            assert_same_parameters(parameters[index], expected, run)
 
 
 @pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
