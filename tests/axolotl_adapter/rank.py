@@ -2,7 +2,8 @@
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.axolotl_adapter.rank VALUES ROWS LOG
 
-VALUES (a configuration) and ROWS are JSON files; rank 0 writes the trainer's log to LOG. What the
+VALUES (a configuration) and ROWS (to train and to evaluate on) are JSON files; rank 0 writes the trainer's
+log to LOG. What the
 configuration says on FSDP and DeepSpeed is what accelerate does: without the replacements below it
 quietly trains each rank on its own, since it looks for GPUs alone.
 """
@@ -36,8 +37,9 @@ def main() -> None:
     kind = "MULTI_GPU" if "fsdp_config" in configuration else "MULTI_CPU"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType[kind])
     ParallelismConfig.build_device_mesh = lambda self, _: build_device_mesh(self, "cpu")
-    trainer = make_trainer(configuration, json.loads(rows.read_text()))
+    trainer = make_trainer(configuration, *json.loads(rows.read_text()))
     trainer.train()
+    trainer.evaluate()
     if trainer.args.process_index == 0:
         kind = trainer.accelerator.distributed_type.value
         log.write_text(json.dumps({"kind": kind, "entries": trainer.state.log_history}))

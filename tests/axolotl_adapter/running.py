@@ -17,6 +17,8 @@ from datasets import Dataset
 from tests.updates import Rows
 
 PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True}
 
 # What check and training need to know of the machine; a GPU's, for configurations meant for one.
 CPU = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}

@@ -13,7 +13,7 @@ from deft_plugin.metrics import METRICS
 from tests.formula_metrics import formula_metrics
 from tests.updates import Rows, label_logits, make_rows
 
-from .running import configuration, make_trainer
+from .running import QLORA, configuration, make_trainer
 
 SHORT, LONG = {"shortest": 6, "longest": 7}, {"shortest": 25, "longest": 30}
 EVAL = {"test_datasets": [{"path": "rows.jsonl", "type": "chat_template", "split": "train"}]}
@@ -65,14 +65,15 @@ def test_evaluation_is_weighted_by_token_and_reports_nll(base_model: Path, tmp_p
         assert entry["eval_ppl"] == pytest.approx(math.exp(entry["eval_nll"]))
 
 
+@pytest.mark.parametrize("adapter", [{}, QLORA], ids=["full", "qlora"])
 def test_an_evaluation_does_not_change_the_training_or_its_log(
-    base_model: Path, tmp_path: Path
+    base_model: Path, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
     rows = make_rows(8)
 
     def log(**overrides: Any) -> list[dict[str, float]]:
         values = configuration(
-            base_model, tmp_path, max_steps=2, learning_rate=0.1, **EVAL, **overrides
+            base_model, tmp_path, max_steps=2, learning_rate=0.1, **EVAL, **adapter, **overrides
         )
         trainer = make_trainer(values, rows, make_rows(4, seed=9))
         trainer.train()

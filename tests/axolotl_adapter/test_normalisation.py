@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from axolotl.core.trainers import AxolotlTrainer
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from deft_plugin.axolotl.trainer import DEFTTrainer
 from deft_plugin.trl import SFTConfig, SFTTrainer
 from tests.tiny import tiny_tokenizer
 from tests.updates import (
@@ -121,12 +123,13 @@ def test_nll_logs_the_losses_of_axolotl_without_the_plugin(
 ) -> None:
     rows = make_rows(12)
 
-    def losses(**overrides: Any) -> list[float]:
+    def losses(trainer_class: type, **overrides: Any) -> list[float]:
         values = configuration(base_model, tmp_path, max_steps=3, learning_rate=0.01, **overrides)
         trainer, _ = train(values, rows)
+        assert type(trainer) is trainer_class
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    with_plugin = losses(deft_objective="nll")
-    without = losses(plugins=None)
+    with_plugin = losses(DEFTTrainer, deft_objective="nll")
+    without = losses(AxolotlTrainer, plugins=None)
     assert len(without) == 3
     assert with_plugin == pytest.approx(without, abs=1e-5)

@@ -18,10 +18,8 @@ from deft_plugin.axolotl import DEFTPlugin
 from deft_plugin.ops import CoreSettings
 from tests.updates import make_rows
 
-from .running import PLUGIN, configuration, make_trainer, validate
+from .running import LORA, PLUGIN, QLORA, configuration, make_trainer, validate
 
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
-QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
 KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 

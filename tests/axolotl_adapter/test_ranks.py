@@ -16,13 +16,17 @@ import pytest
 
 from tests.updates import make_rows
 
-from .running import configuration, make_trainer
+from .running import LORA, configuration, make_trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
-COMPARED = ("loss", "grad_norm", "nll", "ppl", "mean_gate", "mean_focus", "objective_loss")
+COMPARED = ("grad_norm", "nll", "ppl", "mean_gate", "mean_focus", "objective_loss")
+EVAL = {
+    "test_datasets": [{"path": "rows.jsonl", "type": "chat_template", "split": "train"}],
+    "eval_strategy": "no",
+    "eval_batch_size": 1,
+}
 
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 GLOBAL = {"deft_objective": "cayley_trans", "deft": {"scope": "global"}}
 
 
@@ -55,8 +59,10 @@ needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspe
 
 
 def entries(log: list[dict[str, float]]) -> list[dict[str, float]]:
-    """What is compared of each step's log."""
-    return [{name: step[name] for name in COMPARED} for step in log if "loss" in step]
+    """What is compared of each step and each evaluation."""
+    compared = ["loss", *COMPARED, *(f"eval_{name}" for name in COMPARED)]
+    entries = [{name: entry[name] for name in compared if name in entry} for entry in log]
+    return [entry for entry in entries if entry]
 
 
 @pytest.mark.slow
@@ -81,9 +87,13 @@ def test_two_ranks_log_what_one_process_logs(
 ) -> None:
     # Every step has all rows, so that it does not matter which rank gets which.
     rows = make_rows(4)
-    common = {"max_steps": STEPS, "num_epochs": STEPS, "learning_rate": 0.1, **training}
-    alone = make_trainer(configuration(base_model, tmp_path, micro_batch_size=4, **common), rows)
+    # Three, so that one rank's last batch is filled up.
+    eval_rows = make_rows(3, seed=9)
+    common = {**EVAL, "max_steps": STEPS, "num_epochs": STEPS, "learning_rate": 0.1, **training}
+    values = configuration(base_model, tmp_path, micro_batch_size=4, **common)
+    alone = make_trainer(values, rows, eval_rows)
     alone.train()
+    alone.evaluate()
 
     values = configuration(
         base_model,
@@ -95,7 +105,7 @@ def test_two_ranks_log_what_one_process_logs(
     )
     files = [tmp_path / name for name in ("values.json", "rows.json", "log.json")]
     files[0].write_text(json.dumps(values))
-    files[1].write_text(json.dumps(rows))
+    files[1].write_text(json.dumps([rows, eval_rows]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "-m", "tests.axolotl_adapter.rank", *map(str, files)]
     result = subprocess.run(
@@ -111,6 +121,7 @@ def test_two_ranks_log_what_one_process_logs(
     assert log["kind"] == kind
     assert "on 2 rank(s)" in result.stdout
     actual, expected = entries(log["entries"]), entries(alone.state.log_history)
-    assert len(expected) == STEPS
+    # Axolotl evaluates once before training too.
+    assert len(expected) == STEPS + 2
     for step, (value, reference) in enumerate(zip(actual, expected, strict=True)):
         assert value == pytest.approx(reference, rel=1e-4), step
