@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,17 @@ QLORA = {**LORA, "adapter": "qlora", "load_in_4bit": True}
 # What check and training need to know of the machine; a GPU's, for configurations meant for one.
 CPU = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}
 GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+
+
+def environment() -> dict[str, str]:
+    """For a subprocess: this environment's programs by name, and a place for what DeepSpeed compiles."""
+    binaries = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    }
 
 
 def configuration(base_model: Path, output: Path, **overrides: Any) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .running import environment
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "axolotl_configs/local.yaml"
@@ -18,13 +19,12 @@ STEPS = 16
 
 def axolotl(command: str, output: Path, *options: str) -> str:
     """Run a command of Axolotl's as a user does; its output."""
-    binaries = Path(sys.executable).parent
     paths = ["--output-dir", str(output), "--dataset-prepared-path", str(output / "prepared")]
     result = subprocess.run(
-        [str(binaries / "axolotl"), command, CONFIG, *paths, *options],
+        [str(Path(sys.executable).parent / "axolotl"), command, CONFIG, *paths, *options],
         cwd=ROOT,
         # Axolotl starts accelerate by its name.
-        env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=600,
