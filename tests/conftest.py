@@ -1,7 +1,9 @@
 """Shared by all tests: one thread per process, no hub."""
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What DeepSpeed compiles, apart for each environment: two versions of it do not share.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 if not torch.cuda.is_available():
     # Before anything imports Triton: kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")

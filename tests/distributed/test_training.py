@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from deft_plugin import objective_names
+
 from .ranks import run_ranks
-from .steps import OneProcess, Run, assert_same_parameters, train, train_all
+from .steps import OneProcess, Parameters, Run, assert_same_parameters, train, train_all
 
 # Objectives that couple no tokens: what one process computes does not depend on the micro-batches.
 OBJECTIVES = [
@@ -34,14 +37,28 @@ def kinds(*names: str) -> list:
     ]
 
 
+def test_every_objective_is_here() -> None:
+    assert {run.objective for run in OBJECTIVES} == set(objective_names())
+
+
+@functools.cache
+def reference(run: Run) -> Parameters:
+    return train(run, OneProcess)
+
+
 def compare(runs: list[Run], kind: str, directory: Path, world_size: int) -> None:
     ranks = run_ranks(train_all(runs, kind, world_size), directory, world_size)
     for index, run in enumerate(runs):
-        expected = train(run, OneProcess)
         for parameters in ranks:
-            assert_same_parameters(parameters[index], expected, run)
+            assert_same_parameters(parameters[index], reference(run), run)
 
 
 @pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
 def test_two_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
     compare(OBJECTIVES + MODELS, kind, tmp_path, world_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+def test_four_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
+    compare([OBJECTIVES[0], *MODELS], kind, tmp_path, world_size=4)

@@ -5,6 +5,7 @@ The processes are started as torchrun starts them, and load the model as users d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from deft_plugin.metrics import METRICS
 
@@ -24,21 +26,25 @@ from .steps import Parameters, Run, assert_same_parameters, whole_parameters
 if not find_spec("trl") or not find_spec("deepspeed"):
     pytest.skip("TRL and DeepSpeed are needed", allow_module_level=True)
 
-STEPS = 5
+STEPS, EVAL_STEPS = 5, 2
 RUNS = [
     Run("deft"),
     Run("cayley_trans", {"scope": "fixed", "mean_probability": 0.3}),
+    Run("cayley_trans", {"scope": "global"}),
+    Run("cayley_trans", {"scope": "ema"}),
     Run("deft", model="tied"),
     Run("deft", model="lora"),
 ]
-COMPARED = ("loss", "grad_norm", *METRICS)
+COMPARED = {"loss", "grad_norm", *METRICS, *(f"eval_{name}" for name in METRICS)}
 
 
 def make_step_rows() -> Rows:
-    """Four rows a step. In the second step one rank has no label; in the third, neither has in one micro-batch."""
+    """Four rows a step. In the second step one rank scores no token; in the third, neither does in one micro-batch."""
     rows = make_rows(4 * STEPS)
     for index in (5, 7, 8, 9):
-        rows[index]["labels"] = [-100] * len(rows[index]["labels"])
+        # TRL drops rows without labels. The first one's is shifted away.
+        first, *others = rows[index]["input_ids"]
+        rows[index]["labels"] = [first] + [-100] * len(others)
     return rows
 
 
@@ -50,11 +56,11 @@ def save_models(directory: Path) -> None:
         tiny_tokenizer().save_pretrained(directory / kind)
 
 
-def train(run: Run, directory: Path, **options: Any) -> tuple[list[dict[str, float]], Parameters]:
-    """The log and the whole parameters after training a model in `directory`."""
+def make_trained(run: Run, directory: Path, **options: Any) -> Any:
+    """A trainer after it has trained a model in `directory`, with evaluations on the way."""
     from accelerate.state import AcceleratorState
 
-    from ..trl_adapter.running import config, make_trainer
+    from ..trl_adapter.running import as_dataset, config, make_trainer
 
     # What an earlier run in this process, or in the one that it was forked from, has left behind.
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -65,6 +71,8 @@ def train(run: Run, directory: Path, **options: Any) -> tuple[list[dict[str, flo
         max_steps=STEPS,
         train_sampling_strategy="sequential",
         max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=EVAL_STEPS,
         model_init_kwargs={"dtype": "float32"},
         **options,
     )
@@ -74,10 +82,53 @@ def train(run: Run, directory: Path, **options: Any) -> tuple[list[dict[str, flo
         make_step_rows(),
         str(directory / run.model),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if run.model == "lora" else None,
+        eval_dataset=as_dataset(make_rows(5, seed=1)),
     )
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return log, whole_parameters(trainer.model)
+    return trainer
+
+
+def parameters_of(trainer: Any) -> Parameters:
+    """The whole parameters that train."""
+    if trainer.args.deepspeed:
+        # After an evaluation ZeRO-3 may have begun to fetch some for the next step.
+        trainer.model_wrapped.empty_partition_cache()
+    return whole_parameters(trainer.model)
+
+
+def on_two_ranks(function: Callable[[], Any], directory: Path, timeout: float = 120) -> list[Any]:
+    """What the function returns on each of two ranks of DeepSpeed on a CPU."""
+
+    def on(rank: int) -> Any:
+        import deepspeed
+
+        # Which transformers leaves out with use_cpu, and loading under ZeRO-3 needs.
+        deepspeed.init_distributed(dist_backend="gloo")
+        return function()
+
+    return run_ranks(on, directory, timeout=timeout)
+
+
+def distributed_options(file: str) -> dict[str, Any]:
+    """What a run on two processes has instead of a batch of four."""
+    return {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "deepspeed": str(DIRECTORY / f"{file}.json"),
+    }
+
+
+def assert_same_log(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """Every step's and evaluation's figures."""
+    assert [entry.keys() for entry in actual] == [entry.keys() for entry in expected]
+    compared = 0
+    for entry, reference in zip(actual, expected, strict=True):
+        for name in COMPARED & entry.keys():
+            assert entry[name] == pytest.approx(reference[name], rel=1e-4), name
+            compared += 1
+    # More than those of the steps.
+    assert compared > STEPS * (len(METRICS) + 2)
 
 
 @pytest.mark.slow
@@ -85,29 +136,49 @@ def train(run: Run, directory: Path, **options: Any) -> tuple[list[dict[str, flo
 def test_two_processes_have_the_log_and_the_parameters_of_one(file: str, tmp_path: Path) -> None:
     save_models(tmp_path)
 
-    def on(rank: int) -> Any:
-        import deepspeed
+    def train_all() -> list[tuple[list[dict[str, float]], Parameters]]:
+        trainers = (make_trained(run, tmp_path, **distributed_options(file)) for run in RUNS)
+        return [(t.state.log_history, parameters_of(t)) for t in trainers]
 
-        # Which transformers leaves out with use_cpu, and loading under ZeRO-3 needs.
-        deepspeed.init_distributed(dist_backend="gloo")
-        return [
-            train(
-                run,
-                tmp_path,
-                per_device_train_batch_size=1,
-                gradient_accumulation_steps=2,
-                deepspeed=str(DIRECTORY / f"{file}.json"),
-            )
-            for run in RUNS
-        ]
-
-    ranks = run_ranks(on, tmp_path)
+    ranks = on_two_ranks(train_all, tmp_path)
     for index, run in enumerate(RUNS):
-        expected_log, expected = train(run, tmp_path, per_device_train_batch_size=4)
+        expected = make_trained(run, tmp_path, per_device_train_batch_size=4)
         for results in ranks:
             log, parameters = results[index]
-            assert len(log) == STEPS
-            for entry, reference in zip(log, expected_log, strict=True):
-                for name in COMPARED:
-                    assert entry[name] == pytest.approx(reference[name], rel=1e-4), (run, name)
-            assert_same_parameters(parameters, expected, run)
+            assert_same_log(log, expected.state.log_history)
+            assert_same_parameters(parameters, parameters_of(expected), run)
+
+
+@pytest.mark.slow
+def test_with_offload_adamw_on_the_cpu_has_the_parameters_of_one(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    run = Run("deft")
+    # An epsilon with which AdamW does not make large updates of rounding errors.
+    options = {"optim": "adamw_torch", "learning_rate": 0.01, "adam_epsilon": 1e-3}
+
+    def trained() -> Parameters:
+        trainer = make_trained(run, tmp_path, **distributed_options("zero3_offload"), **options)
+        assert "CPUAdam" in repr(type(trainer.model_wrapped.optimizer.optimizer))
+        return parameters_of(trainer)
+
+    # DeepSpeed compiles its AdamW first.
+    ranks = on_two_ranks(trained, tmp_path, timeout=500)
+    expected = make_trained(run, tmp_path, per_device_train_batch_size=4, **options)
+    for parameters in ranks:
+        assert_same_parameters(parameters, parameters_of(expected), run)
+
+
+def test_zero3_saves_the_whole_model_in_its_own_class(tmp_path: Path) -> None:
+    save_models(tmp_path)
+
+    def trained() -> Parameters:
+        trainer = make_trained(Run("deft"), tmp_path, **distributed_options("zero3"))
+        trainer.save_model(str(tmp_path / "saved"))
+        return parameters_of(trainer)
+
+    parameters, _ = on_two_ranks(trained, tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(saved) is LlamaForCausalLM
+    assert saved.config.architectures == ["LlamaForCausalLM"]
+    for name, value in saved.named_parameters():
+        assert torch.equal(value, parameters[name]), name
