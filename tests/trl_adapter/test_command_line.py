@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ import yaml
 import deft_plugin
 from deft_plugin import cli
 from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -120,6 +125,36 @@ def test_unknown_loss_type_in_yaml_names_the_choices(
     monkeypatch.setattr(sys, "argv", ["deft", "sft", "--config", str(path)])
     with pytest.raises(ValueError, match=r"(?s)loss_type='deftt'.*cayley_trans"):
         cli.main()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+def test_torchrun_with_zero2_logs_what_one_process_logs(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        **options(run_directory),
+        "loss_type": "deft",
+        "use_peft": False,
+        "dtype": "float32",
+        "learning_rate": 0.01,
+    }
+    two = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "deepspeed": str(ROOT / "deepspeed_configs/zero2.json"),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "deft_plugin.trl.sft", *flags(values | two)]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    distributed = logs(run_directory)
+    one = flags(values | {"per_device_train_batch_size": 4})
+    monkeypatch.setattr(sys, "argv", ["deft", "sft", *one])
+    cli.main()
+    for actual, expected in zip(distributed, logs(run_directory), strict=True):
+        assert actual.keys() == expected.keys()
+        for name in actual.keys() & {"loss", "grad_norm", "nll", "mean_gate", "eval_nll"}:
+            assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_list_of_objectives(
