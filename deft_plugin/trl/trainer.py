@@ -187,7 +187,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
             logs.update(gating.train_means(self.args.device))
         original["log"](self, logs, *args, **kwargs)
 
-    for extension in (
+    extensions = (
         __init__,
         train,
         get_batch_samples,
@@ -196,8 +196,10 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         compute_loss,
         evaluation_loop,
         log,
-    ):
-        setattr(cls, extension.__name__, extension)
+    )
+    # Not by their __name__, which is that of what they wrap: another patch's function may have another.
+    for name, extension in zip(_EXTENDED_METHODS, extensions, strict=True):
+        setattr(cls, name, extension)
 
     def undo() -> None:
         for name, attribute in own_attributes.items():

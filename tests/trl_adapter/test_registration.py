@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import trl
 
 import deft_plugin
 from deft_plugin.trl import SFTConfig, SFTTrainer
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
-from tests.trl_adapter.running import config, logged, make_trainer, qwen3
+from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import make_rows, update_of
 
 NAMES = sorted(set(deft_plugin.objective_names()) - {"nll", "dft"})
@@ -198,3 +199,26 @@ def test_settings_of_the_core_reach_the_head_and_the_log(tmp_path: Path) -> None
     assert dataclasses.asdict(head.settings) == settings
     trainer.train()
     assert 0 <= trainer.state.log_history[0]["skipped_share"] <= 1
+
+
+def test_methods_that_others_have_patched_under_another_name_are_extended_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation_loop = transformers.Trainer.evaluation_loop
+
+    def patched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return evaluation_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "evaluation_loop", patched)
+    before = attributes(trl.SFTTrainer)
+    deft_plugin.register()
+    try:
+        args = config(tmp_path, trl.SFTConfig)
+        rows = make_rows(2)
+        trainer = make_trainer(
+            args, rows, trainer_class=trl.SFTTrainer, eval_dataset=as_dataset(rows)
+        )
+        assert "eval_nll" in trainer.evaluate()
+    finally:
+        deft_plugin.unregister()
+    assert attributes(trl.SFTTrainer) == before
