@@ -36,7 +36,7 @@ $(TRL)/.ready: pyproject.toml constraints/trl.txt
 
 $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,dev]"
+	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
 	touch $@
 
 clean:
