@@ -73,7 +73,8 @@ def make_trained(run: Run, directory: Path, **options: Any) -> Any:
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=EVAL_STEPS,
-        model_init_kwargs={"dtype": "float32"},
+        # TRL 1.9 leaves device_map out on GPUs alone.
+        model_init_kwargs={"dtype": "float32", "device_map": None},
         **options,
     )
     torch.manual_seed(0)
