@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import distributed
 
 
@@ -44,6 +45,8 @@ def run_ranks(
             "MASTER_PORT": str(port),
         }
         torch.set_num_threads(1)
+        # What accelerate has found out about the process that this one was forked from.
+        AcceleratorState._reset_state(reset_partial_state=True)
         # DeepSpeed collects garbage for every engine, and spends it on what imports left behind.
         gc.freeze()
         try:

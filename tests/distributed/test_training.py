@@ -26,15 +26,14 @@ OBJECTIVES = [
     Run("dft"),
 ]
 MODELS = [Run("deft", model=model) for model in ("tied", "lora", "lora-head")]
-needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
-
-
-def kinds(*names: str) -> list:
-    """Parameters of a test, without those that the environment does not have."""
-    return [
-        pytest.param(name, marks=needs_deepspeed) if name.startswith("zero") else name
-        for name in names
-    ]
+NEEDS_DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+KINDS_OF_TEST = [
+    "ddp",
+    "fsdp2",
+    pytest.param("zero1", marks=NEEDS_DEEPSPEED),
+    pytest.param("zero2", marks=NEEDS_DEEPSPEED),
+    pytest.param("zero3", marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
+]
 
 
 def test_every_objective_is_here() -> None:
@@ -53,12 +52,12 @@ def compare(runs: list[Run], kind: str, directory: Path, world_size: int) -> Non
             assert_same_parameters(parameters[index], reference(run), run)
 
 
-@pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+@pytest.mark.parametrize("kind", KINDS_OF_TEST)
 def test_two_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
     compare(OBJECTIVES + MODELS, kind, tmp_path, world_size=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", kinds("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+@pytest.mark.parametrize("kind", KINDS_OF_TEST)
 def test_four_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
     compare([OBJECTIVES[0], *MODELS], kind, tmp_path, world_size=4)

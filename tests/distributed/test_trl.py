@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -58,11 +59,9 @@ def save_models(directory: Path) -> None:
 
 def make_trained(run: Run, directory: Path, **options: Any) -> Any:
     """A trainer after it has trained a model in `directory`, with evaluations on the way."""
-    from accelerate.state import AcceleratorState
-
     from ..trl_adapter.running import as_dataset, config, make_trainer
 
-    # What an earlier run in this process, or in the one that it was forked from, has left behind.
+    # What an earlier run in this process has left behind.
     AcceleratorState._reset_state(reset_partial_state=True)
     args = config(
         directory,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,14 +9,15 @@ import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
 from accelerate.state import AcceleratorState
-from torch import distributed, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from deft_plugin import GatedCausalLMOutput, add_gated_head
 
+from ..distributed.ranks import run_ranks
 from ..tiny import tiny_model
 from .oracle import (
     Batch,
@@ -103,29 +103,6 @@ def lm_head_with_norm(model: PreTrainedModel) -> list[nn.Module | list[nn.Module
 
 
 RANKS = 2
-Rank = Callable[[int, DeviceMesh], None]
-
-
-def run_ranks(rank_function: Rank, directory: Path) -> None:
-    """Run the function on processes with a mesh of all of them. Forked: a new one would import all again."""
-
-    def run(rank: int) -> None:
-        torch.set_num_threads(1)
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{directory / 'store'}", rank=rank, world_size=RANKS
-        )
-        rank_function(rank, init_device_mesh("cpu", (RANKS,)))
-        distributed.destroy_process_group()
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
 
 
 @pytest.mark.parametrize("parts", [root_alone, lm_head_alone, lm_head_with_norm])
@@ -133,7 +110,8 @@ def run_ranks(rank_function: Rank, directory: Path) -> None:
 def test_fsdp_gives_the_mean_gradient_of_the_ranks(
     architecture: str, parts: Callable[[PreTrainedModel], list], tmp_path: Path
 ) -> None:
-    def train(rank: int, mesh: DeviceMesh) -> None:
+    def train(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (RANKS,))
         batches = [make_batch(seed=seed) for seed in range(RANKS)]
         model = tiny_model(architecture).double()
         loss = sum(formula_loss(model, batch) for batch in batches) / RANKS
@@ -157,7 +135,8 @@ def test_fsdp_gives_the_mean_gradient_of_the_ranks(
 def test_a_vocabulary_sharded_by_tensor_parallelism_equals_the_formula(
     batch: Batch, tmp_path: Path
 ) -> None:
-    def train(rank: int, mesh: DeviceMesh) -> None:
+    def train(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (RANKS,))
         model = tiny_model("llama").double()
         loss = formula_loss(model, batch)
         expected = gradients(model, loss)

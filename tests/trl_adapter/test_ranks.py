@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from deft_plugin.metrics import METRICS
-from tests.trl_adapter.ranks import train_on_two_ranks
+from tests.distributed.ranks import run_ranks
 from tests.trl_adapter.running import as_dataset, config, make_trainer
 from tests.updates import assert_same_update, make_rows, update_of
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss_type", "loss_kwargs"),
     [("deft", {}), ("cayley_trans", {"scope": "global"}), ("cayley_trans", {"scope": "ema"})],
@@ -38,9 +37,14 @@ def test_two_ranks_have_the_update_and_the_metrics_of_one(
     args = config(tmp_path, per_device_train_batch_size=4, **options)
     trainer = make_trainer(args, rows, eval_dataset=as_dataset(eval_rows))
     expected = update_of(trainer.model, trainer.train)
-    log, update = train_on_two_ranks(
-        tmp_path, rows, eval_rows, per_device_train_batch_size=2, **options
-    )
+
+    def train(rank: int) -> Any:
+        args = config(tmp_path, per_device_train_batch_size=2, **options)
+        trainer = make_trainer(args, rows, eval_dataset=as_dataset(eval_rows))
+        update = update_of(trainer.model, trainer.train)
+        return trainer.state.log_history, update
+
+    (log, update), _ = run_ranks(train, tmp_path)
     assert_same_update(update, expected, tolerance=1e-9)
     assert len(log) == len(trainer.state.log_history)
     compared = 0
