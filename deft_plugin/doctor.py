@@ -142,7 +142,7 @@ def check_yaml(path: Path) -> Iterator[Finding]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         yield Finding("error", f"cannot be read: {error}")
         return
     if not isinstance(values, dict):
@@ -220,16 +220,22 @@ def _check_trl(path: Path) -> Iterator[Finding]:
     errors = io.StringIO()
     try:
         with _quiet(), contextlib.redirect_stderr(errors):
+            from trl import ModelConfig, get_peft_config
             from trl.scripts import sft
 
             from .trl import register
-            from .trl.config import objective_of
+            from .trl.config import HAS_FUSED_HEAD, objective_of
+            from .trl.conflicts import check_settings
 
             register()
             parser = sft.make_parser(prog="deft sft")
             parsed = parser.parse_args_and_config(args=["--config", str(path)])
             arguments = next(part for part in parsed if hasattr(part, "loss_type"))
             objective = objective_of(arguments)
+            if objective is not None:
+                model = next(part for part in parsed if isinstance(part, ModelConfig))
+                adapter = get_peft_config(model)
+                check_settings(arguments, adapter, objective.name, not HAS_FUSED_HEAD)
     except (Exception, SystemExit) as error:
         yield Finding("error", errors.getvalue().strip() or str(error))
         return

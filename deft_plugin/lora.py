@@ -16,5 +16,12 @@ def targets_lm_head(target_modules: str | Iterable[str] | None) -> bool:
     if isinstance(target_modules, str):
         if target_modules == "all-linear":
             return False
-        return any(re.fullmatch(target_modules, name) for name in ("lm_head", "lm_head.weight"))
-    return any("lm_head" in name.split(".") for name in target_modules or ())
+        try:
+            return any(re.fullmatch(target_modules, name) for name in ("lm_head", "lm_head.weight"))
+        except re.error as error:
+            raise ValueError(
+                f"target_modules={target_modules!r} is no regular expression: {error}. Give a list of names."
+            ) from None
+    if isinstance(target_modules, Iterable):
+        return any("lm_head" in str(name).split(".") for name in target_modules)
+    return False  # None, or what the trainer's own schema refuses.

@@ -7,23 +7,25 @@ training will draw again. Scope "ema" takes a running mean over the steps before
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from .head import GatedHead
 from .objectives import build_objective
 from .ops import GatedLoss
 
 DEFAULT_DECAY = 0.9
+# Not the callback's name: transformers would make an object of that class anew.
+CHECKPOINT_KEY = "deft_plugin"
 
 
-class StepMean(TrainerCallback, ExportableState):
-    """Sets the objective of a gated head for each optimizer step. A callback, to be saved in checkpoints.
+class StepMean(TrainerCallback):
+    """Sets the objective of a gated head for each optimizer step. A callback, which keeps its mean in checkpoints.
 
     An evaluation uses the mean of the last training step, or the running mean; before the first step, the
     mean of each of its own micro-batches.
@@ -62,8 +64,7 @@ class StepMean(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the mean up where a checkpoint left it."""
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        mean = saved.get("attributes", {}).get("mean")
+        mean = state.stateful_callbacks.get(CHECKPOINT_KEY, {}).get("mean")
         if mean is not None:
             self.mean = mean
             self.head.objective = self.objective.at_mean(mean)
@@ -80,10 +81,7 @@ class StepMean(TrainerCallback, ExportableState):
         else:
             self.mean = step
         self.head.objective = self.objective.at_mean(self.mean)
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"args": {}, "attributes": {"mean": self.mean}}
+        state.stateful_callbacks[CHECKPOINT_KEY] = {"mean": self.mean}
 
     def _look_ahead(self, trainer: Any, batches: Sequence[Any]) -> float | None:
         """The mean of p over the step, by forward passes that training repeats."""
@@ -115,10 +113,10 @@ def _sums_of(gated: GatedLoss) -> Tensor:
 
 
 def _mean(sums: Tensor, device: torch.device) -> float | None:
-    """Mean over all ranks; None without any token."""
+    """Mean over all ranks; None without any token, or where a NaN is among them, which the loss shows."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     sums = sums.to(device, dtype)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     total, count = sums.tolist()
-    return total / count if count else None
+    return total / count if count and math.isfinite(total) else None

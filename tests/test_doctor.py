@@ -143,6 +143,31 @@ def test_a_trl_file_without_a_valid_objective_is_an_error(
 
 
 @pytest.mark.skipif(find_spec("axolotl") is not None, reason="axolotl is installed")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
+        ({"use_peft": True, "lora_target_modules": ["lm_head"]}, "puts an adapter on lm_head"),
+    ],
+    ids=str,
+)
+def test_a_trl_file_whose_run_would_be_refused_is_an_error(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    (error,) = errors_of(
+        tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), loss_type="deft", **values
+    )
+    assert message in error
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"base_model: \xff\xe9")
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert "cannot be read" in finding.text
+
+
 def test_an_axolotl_file_where_axolotl_is_not_installed_is_an_error(tmp_path: Path) -> None:
     (error,) = errors_of(tmp_path / "run.yaml", base_model="not-loaded")
     assert "axolotl is not installed" in error

@@ -23,6 +23,7 @@ _OTHER_LOSSES = {
     "orpo_alpha": "The objectives are for supervised fine-tuning: remove it, or the plugin.",
     "reward_model": "A reward model has no language-model head: remove it, or the plugin.",
     "process_reward_model": "A reward model has no language-model head: remove it, or the plugin.",
+    "num_labels": "A classifier has no language-model head: remove it, or the plugin.",
     "kd_trainer": "Distillation has a loss of its own: remove it, or the plugin.",
     "trainer_cls": "The plugin brings its own trainer: remove it, or the plugin.",
     "qat": "The gated head uses the lm_head's weight directly, without its fake quantisation: remove it, or "

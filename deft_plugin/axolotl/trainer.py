@@ -25,7 +25,7 @@ class _LogOfTokens(Trainer):
         """Add the metrics of the window, and make Axolotl's exp(loss) the exp(nll) that it stands for."""
         if self._gated is not None:
             # Trainer's own training log, which every rank writes: the means are collective.
-            if self.model.training and "loss" in logs:
+            if "loss" in logs:
                 logs.update(self._gated.train_means(self.args.device))
                 _replace(logs, "ppl", "perplexity")
             if "eval_ppl" in logs:

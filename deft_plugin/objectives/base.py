@@ -27,7 +27,8 @@ from .statistics import OPTIONAL_STATISTICS, TokenStatistics
 class Objective:
     """A token loss. Subclasses are frozen dataclasses: their fields are the objective's parameters.
 
-    Define `loss`; `gate` follows by autograd unless a closed form is given.
+    Define `loss`; `gate` follows by autograd unless a closed form is given beside it. Both must be
+    deterministic functions of their arguments: they are evaluated apart, and for each tile.
     """
 
     name: ClassVar[str] = ""
@@ -36,6 +37,12 @@ class Objective:
     # Whether one token's loss depends on which other tokens are in the micro-batch. A False that is not true
     # gives a trainable lm_head wrong gradients; a True costs it a fourth matrix product.
     couples_tokens: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # A closed form that was written for another loss is not this one's gate.
+        if "loss" in vars(cls) and "gate" not in vars(cls):
+            cls.gate = Objective.gate  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -58,6 +65,11 @@ class Objective:
             statistics = statistics.clone()
             log_p = statistics.log_p.detach().requires_grad_()
             loss = self.loss(log_p, statistics)
+            if not isinstance(loss, Tensor):
+                raise ValueError(
+                    f"Objective {self.name!r} must return a tensor and returned a "
+                    f"{type(loss).__name__}."
+                )
             if loss.shape != log_p.shape:
                 raise ValueError(
                     f"Objective {self.name!r} must return one loss per token, of shape "

@@ -13,6 +13,9 @@ from torch import Tensor
 from .base import Objective, check_needs
 from .statistics import TokenStatistics
 
+# What trainers take beside an objective's parameters, under the same heading.
+RESERVED_PARAMETERS = ("path", "tile_rows", "skip_below", "module")
+
 _OBJECTIVES: dict[str, type[Objective]] = {}
 
 ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
@@ -130,6 +133,12 @@ def _add(name: str, cls: type[Objective]) -> None:
         raise ValueError(f"Objective name {name!r} must be letters, digits and underscores.")
     if not issubclass(cls, Objective):
         raise ValueError(f"{cls.__name__} must be a subclass of deft_plugin.Objective.")
+    reserved = [field.name for field in _fields(cls) if field.name in RESERVED_PARAMETERS]
+    if reserved:
+        raise ValueError(
+            f"Objective {name!r} cannot have a parameter {reserved[0]!r}: trainers take that name for a "
+            f"setting. Reserved: {', '.join(RESERVED_PARAMETERS)}."
+        )
     present = _OBJECTIVES.get(name)
     # Running a notebook cell or a module again defines the same class again.
     if present is not None and (present.__module__, present.__qualname__) != (
@@ -141,6 +150,10 @@ def _add(name: str, cls: type[Objective]) -> None:
         )
     cls.name = name
     _OBJECTIVES[name] = cls
+
+
+def _fields(cls: type[Objective]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def _parameters_of(function: LossFunction) -> list[tuple[str, Any, Any]]:

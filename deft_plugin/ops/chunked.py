@@ -151,16 +151,18 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
             need_gate = gradients.need_gate or (gradients.wanted and head.skip_below > 0)
             gate_first = need_gate and head.objective.couples_tokens
-            collected = []
+            collected, gates = [], []
             form_error = gradients.wanted and not gate_first
             for tile in _folded_tiles(hidden, product_weight, bias, head, form_error):
                 collected.append(tile.statistics)
                 if form_error:
-                    gradients.add(tile, head.objective.gate(tile.statistics) if need_gate else None)
+                    gates += [head.objective.gate(tile.statistics)] if need_gate else []
+                    gradients.add(tile, gates[-1] if need_gate else None)
             del tile
             statistics = concatenate(collected)
-            losses = head.objective.loss(statistics.log_p, statistics)
-            gate = head.objective.gate(statistics)
+            # On a copy, since an objective may change what it is given.
+            losses = head.objective.loss(statistics.log_p, statistics.clone())
+            gate = torch.cat(gates) if gates else head.objective.gate(statistics)
             if gate_first:
                 for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
                     gradients.add(tile, gate[tile.positions])

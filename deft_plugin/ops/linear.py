@@ -131,21 +131,32 @@ def linear_gated_loss(
     )
 
 
+def _described(targets: Any) -> str:
+    if isinstance(targets, Tensor):
+        return f"of shape {tuple(targets.shape)}"
+    return f"a {type(targets).__name__}"
+
+
 def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
 ) -> None:
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.size(-1) != weight.size(1):
+    if (
+        hidden.dim() < 1
+        or weight.dim() != 2
+        or hidden.size(-1) != weight.size(1)
+        or not weight.numel()
+    ):
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H); their shapes are {tuple(hidden.shape)} and "
-            f"{tuple(weight.shape)}."
+            f"{tuple(weight.shape)}. V and H must be at least 1."
         )
-    if targets.shape != hidden.shape[:-1]:
+    if not isinstance(targets, Tensor) or targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets must have hidden's shape without its last dimension, "
-            f"{tuple(hidden.shape[:-1])}; their shape is {tuple(targets.shape)}."
+            f"{tuple(hidden.shape[:-1])}; they are {_described(targets)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

@@ -86,7 +86,7 @@ class _TokenLossOfLogits(torch.autograd.Function):
             for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
         ]
         ctx.mark_non_differentiable(gate, *(value for value in values if value is not None))
-        return objective.loss(statistics.log_p, statistics), gate, *values
+        return objective.loss(statistics.log_p, statistics.clone()), gate, *values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

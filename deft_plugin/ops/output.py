@@ -69,6 +69,10 @@ class ValidTargets:
         Raises:
             ValueError: a target is neither `ignore_index` nor in [0, vocab_size), or is no integer.
         """
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"targets must be a tensor of integers, not {type(targets).__name__}.")
+        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+            raise ValueError(f"ignore_index is {ignore_index!r}; it must be an integer.")
         if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
             raise ValueError(f"targets must be integers; their dtype is {targets.dtype}.")
         # In int64, since a byte cannot be compared with -100.
@@ -140,7 +144,7 @@ def normalise(
     if num_items_in_batch is None:
         return total / max(valid_count, 1)
     if isinstance(num_items_in_batch, Tensor):
-        return total / num_items_in_batch.to(total.device).clamp(min=1)
+        return total / num_items_in_batch.to(total.device).reshape(()).clamp(min=1)
     return total / max(num_items_in_batch, 1)
 
 
@@ -150,6 +154,18 @@ def check_reduction(reduction: str, num_items_in_batch: int | Tensor | None) -> 
         raise ValueError(
             f"reduction={reduction!r} is not valid. Choices: 'mean', 'sum'. Per-token losses are "
             "always in the result's `token_loss`."
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                "num_items_in_batch must be one number; it is a tensor of shape "
+                f"{tuple(num_items_in_batch.shape)}."
+            )
+    elif num_items_in_batch is not None and not (
+        isinstance(num_items_in_batch, (int, float)) and num_items_in_batch >= 0
+    ):
+        raise ValueError(
+            f"num_items_in_batch is {num_items_in_batch!r}; it must be a number >= 0, or None."
         )
     if reduction == "sum" and num_items_in_batch is not None:
         raise ValueError("num_items_in_batch would be ignored with reduction='sum': leave it out.")

@@ -35,7 +35,7 @@ def reference_token_loss(
             if request.top_k
             else None,
         )
-    return objective.loss(log_p, statistics), statistics
+    return objective.loss(log_p, statistics.clone()), statistics
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -169,6 +169,8 @@ def triton_fold_(
         A row with NaN or +inf, or with nothing but -inf, has NaN statistics.
     """
     count, vocab_size = logits.shape
+    # The kernel takes both for vectors of stride 1.
+    targets, bias = targets.contiguous(), None if bias is None else bias.contiguous()
     dtype = statistics_dtype(logits.dtype)
     sums = torch.empty(5, count, dtype=dtype, device=logits.device)
     top_k = None

@@ -19,9 +19,25 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
         loss_type: for the messages.
         liger_is_whole: whether `use_liger_kernel` always brings the fused cross-entropy (TRL < 1.15).
     """
-    args = arguments["args"]
-    model = arguments["model"]
+    args, model = arguments["args"], arguments["model"]
+    check_settings(args, arguments.get("peft_config"), loss_type, liger_is_whole)
     _check_other_losses(args, arguments.get("compute_loss_func"), loss_type)
+    if arguments.get("processing_class") is not None and hasattr(
+        arguments["processing_class"], "image_processor"
+    ):
+        raise ValueError(
+            f"loss_type={loss_type!r} supports text-only models, and the processing_class is a "
+            f"{type(arguments['processing_class']).__name__}. Use loss_type='nll' for a vision-language model."
+        )
+    if isinstance(model, str):
+        _check_text_only(model, args, loss_type)
+    else:
+        check_model(causal_lm_of(model))
+
+
+def check_settings(args: Any, peft_config: Any, loss_type: str, liger_is_whole: bool) -> None:
+    """What `check_conflicts` sees in the training arguments and the adapter's configuration alone."""
+    _check_other_losses(args, None, loss_type)
     _check_parallelism(args, loss_type)
     liger = args.liger_kernel_config or {}
     if args.use_liger_kernel and (
@@ -36,18 +52,7 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
                 else "Remove fused_linear_cross_entropy and cross_entropy from liger_kernel_config."
             )
         )
-    _check_lm_head_adapter(arguments.get("peft_config"), loss_type)
-    if arguments.get("processing_class") is not None and hasattr(
-        arguments["processing_class"], "image_processor"
-    ):
-        raise ValueError(
-            f"loss_type={loss_type!r} supports text-only models, and the processing_class is a "
-            f"{type(arguments['processing_class']).__name__}. Use loss_type='nll' for a vision-language model."
-        )
-    if isinstance(model, str):
-        _check_text_only(model, args, loss_type)
-    else:
-        check_model(causal_lm_of(model))
+    _check_lm_head_adapter(peft_config, loss_type)
 
 
 def check_unchanged(trainer: Any, loss_type: str) -> None:

@@ -183,7 +183,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         gating = _gating_of(self)
         # Trainer's own training log, which every rank writes: the means are collective.
-        if gating is not None and self.model.training and "loss" in logs:
+        if gating is not None and "loss" in logs:
             logs.update(gating.train_means(self.args.device))
         original["log"](self, logs, *args, **kwargs)
 

@@ -128,3 +128,55 @@ def test_an_unknown_path_or_tile_is_refused(options: dict[str, Any], message: st
 def test_given_logits_must_be_floating() -> None:
     with pytest.raises(ValueError, match=r"logits must be floating .*torch.int64 \(3, 4\)"):
         gated_loss(torch.ones(3, 4, dtype=torch.int64), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize("kind", ["column", "every other", "expanded"])
+def test_targets_and_bias_may_be_views_of_any_stride(path: str, kind: str) -> None:
+    case = random_case(10, 13, bias=True)
+    assert case.bias is not None
+    wide = torch.stack((case.targets, case.targets.flip(0)), 1)
+    views = {
+        "column": wide[:, 0],
+        "every other": wide.reshape(-1)[::2],
+        "expanded": case.targets[3].expand(10),
+    }
+    bias = torch.stack((case.bias.detach(), case.bias.detach() + 1), 1)[:, 0]
+    assert not bias.is_contiguous()
+    strided = dataclasses.replace(case, targets=views[kind], bias=bias)
+    plain = dataclasses.replace(case, targets=views[kind].clone(), bias=bias.clone())
+    assert relative_error(gated(path, strided).token_loss, gated(path, plain).token_loss) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("ignore_index", None, "ignore_index is None; it must be an integer"),
+        ("num_items_in_batch", -5, "num_items_in_batch is -5; it must be a number >= 0"),
+        ("num_items_in_batch", "7", "num_items_in_batch is '7'; it must be a number >= 0"),
+        ("num_items_in_batch", torch.ones(2), r"must be one number.*\(2,\)"),
+    ],
+    ids=str,
+)
+def test_a_value_that_no_call_could_have_is_refused(
+    argument: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        gated("chunked", random_case(2, 3), **{argument: value})
+
+
+@pytest.mark.parametrize(("vocab_size", "hidden_size"), [(0, 4), (4, 0)])
+def test_an_empty_weight_is_refused(vocab_size: int, hidden_size: int) -> None:
+    hidden, weight = torch.zeros(2, hidden_size), torch.zeros(vocab_size, hidden_size)
+    with pytest.raises(ValueError, match="V and H must be at least 1"):
+        linear_gated_loss(hidden, weight, torch.tensor([-100, -100]))
+
+
+def test_targets_as_a_list_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"targets must .* a list"):
+        linear_gated_loss(torch.zeros(2, 3), torch.zeros(4, 3), [0, 1])  # type: ignore[arg-type]
+
+
+def test_a_count_of_shape_one_leaves_the_loss_a_scalar() -> None:
+    loss = gated("chunked", random_case(2, 3), num_items_in_batch=torch.tensor([7])).loss
+    assert loss.shape == ()

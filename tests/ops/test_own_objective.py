@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,20 @@ from torch import Tensor
 
 import deft_plugin
 from deft_plugin import Objective, TokenStatistics, WeightedObjective, gated_loss
-from deft_plugin.objectives import MissingStatisticError
+from deft_plugin.objectives import MissingStatisticError, family
+from deft_plugin.objectives.registry import RESERVED_PARAMETERS
+from deft_plugin.ops import CoreSettings
 
-from .cases import PATHS, TILED_PATHS, gated, gradients, largest_error, random_case, relative_error
+from .cases import (
+    LINEAR_PATHS,
+    PATHS,
+    TILED_PATHS,
+    gated,
+    gradients,
+    largest_error,
+    random_case,
+    relative_error,
+)
 from .formulas import shannon_entropy
 
 TargetFormula = Callable[[Tensor, Tensor], Tensor]
@@ -172,3 +184,49 @@ def test_an_instance_can_be_given_without_a_name() -> None:
     targets = torch.tensor([0, 1, 2, 3])
     log_p = logits.log_softmax(1)[torch.arange(4), targets]
     assert relative_error(gated_loss(logits, targets, Cubed()).token_loss, -(log_p**3)) < 1e-12
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+def test_a_subclass_with_a_loss_of_its_own_is_trained_by_that_loss(path: str) -> None:
+    @deft_plugin.register_objective("twice_deft")
+    @dataclass(frozen=True)
+    class TwiceDEFT(family.DEFT):
+        def loss(self, log_p: Tensor, statistics: TokenStatistics) -> Tensor:
+            return 2 * super().loss(log_p, statistics)
+
+    case = random_case(6, 20)
+    twice, once = gated(path, case, "twice_deft"), gated(path, case, "deft")
+    assert relative_error(twice.gate, 2 * once.gate) < 1e-12
+    expected = [2 * gradient for gradient in gradients(once.loss, case)]
+    assert largest_error(gradients(twice.loss, case), expected) < 1e-12
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_objective_that_changes_its_statistics_changes_nothing_else(path: str) -> None:
+    @deft_plugin.objective("careless", needs=("entropy",), couples_tokens=False)
+    def careless(log_p: Tensor, statistics: TokenStatistics) -> Tensor:
+        assert statistics.entropy is not None
+        statistics.entropy.mul_(0.5)
+        return -log_p * statistics.entropy
+
+    case = random_case(6, 20)
+    result = gated(path, case, "careless", with_entropy=True)
+    plain = gated(path, case, "deft", with_entropy=True)
+    assert result.entropy is not None
+    assert plain.entropy is not None
+    assert relative_error(result.entropy, plain.entropy) < 1e-12
+    assert relative_error(result.gate, 0.5 * plain.entropy) < 1e-12
+    assert relative_error(result.token_loss, -0.5 * plain.entropy * plain.log_p) < 1e-12
+
+
+@pytest.mark.parametrize("name", RESERVED_PARAMETERS)
+def test_names_of_settings_cannot_be_parameters(name: str) -> None:
+    shadow = dataclasses.make_dataclass(
+        "Shadow", [(name, float, 0.0)], bases=(Objective,), frozen=True
+    )
+    with pytest.raises(ValueError, match=f"cannot have a parameter '{name}'"):
+        deft_plugin.register_objective("shadow")(shadow)
+
+
+def test_every_setting_of_the_core_is_reserved() -> None:
+    assert {field.name for field in dataclasses.fields(CoreSettings)} < {*RESERVED_PARAMETERS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, sco
     expected = update_of(whole.model, whole.train)
     checkpoint = tmp_path / "checkpoint-2"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    assert 0 < state["stateful_callbacks"]["StepMean"]["attributes"]["mean"] < 1
+    assert 0 < state["stateful_callbacks"]["deft_plugin"]["mean"] < 1
 
     resumed = make_trainer(arguments(tmp_path, scope, **options), rows)
     actual = update_of(resumed.model, lambda: resumed.train(resume_from_checkpoint=str(checkpoint)))
@@ -172,3 +173,45 @@ def test_training_again_begins_anew(tmp_path: Path) -> None:
     step_mean(trainer).mean = 0.9
     trainer.train()
     assert step_mean(trainer).mean == pytest.approx(first, rel=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["global", "ema"])
+def test_resuming_with_restored_callbacks_works(tmp_path: Path, scope: str) -> None:
+    options = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "restore_callback_states_from_checkpoint": True,
+    }
+    whole = make_trainer(arguments(tmp_path, scope, **options), make_rows(4))
+    whole.train()
+    resumed = make_trainer(arguments(tmp_path, scope, **options), make_rows(4))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert step_mean(resumed).mean == step_mean(whole).mean
+
+
+def test_a_step_of_nan_is_shown_by_its_loss_and_left_out_of_the_running_mean(
+    tmp_path: Path,
+) -> None:
+    args = arguments(tmp_path, "ema", max_steps=3, learning_rate=0.0, logging_nan_inf_filter=False)
+    trainer = make_trainer(args, make_rows(4))
+    norm = trainer.model.model.norm.weight
+    training_step, steps = trainer.training_step, []
+
+    def second_is_nan(*arguments: Any, **kwargs: Any) -> Any:
+        steps.append(None)
+        scale = norm.detach().clone()
+        if len(steps) == 2:
+            norm.data.fill_(float("nan"))
+        loss = training_step(*arguments, **kwargs)
+        norm.data.copy_(scale)
+        # As a loss scaler would, or the parameters would be NaN from here on.
+        trainer.model.zero_grad()
+        return loss
+
+    trainer.training_step = second_is_nan
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert [math.isnan(loss) for loss in losses] == [False, True, False]
+    assert 0 < step_mean(trainer).mean < 1
