@@ -9,7 +9,7 @@ holds bf16 weights, the tokenizer with its chat template, and a model card with 
 
 from __future__ import annotations
 
-import quiet  # noqa: F401
+import process_setup  # noqa: F401
 
 # isort: split
 import math

@@ -13,7 +13,7 @@ log (trainer_state.json) and its plot (metrics.png).
 
 from __future__ import annotations
 
-import quiet  # noqa: F401
+import process_setup  # noqa: F401
 
 # isort: split
 import gc
