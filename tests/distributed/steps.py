@@ -40,11 +40,13 @@ class Run:
     Args:
         model: "full", "tied" (embeddings and lm_head are one), "lora" (a frozen lm_head) or "lora-head" (an
             lm_head that trains beside the adapters).
+        weighted: whether tokens have unequal weights beside their gates: upstream gradients that differ.
     """
 
     objective: str
     parameters: dict[str, Any] = field(default_factory=dict, hash=False)
     model: str = "full"
+    weighted: bool = False
 
 
 def make_model(kind: str) -> nn.Module:
@@ -90,13 +92,17 @@ class OneProcess:
     def wrapped(self, model: nn.Module) -> nn.Module:
         return model
 
-    def accumulate(self, batch: Batch, count: int, last: bool) -> None:
+    def accumulate(self, batch: Batch, count: int, last: bool, weighted: bool = False) -> None:
         """Add the gradient of one micro-batch, of a step with `count` labels on all ranks."""
         # Data parallelism averages the ranks' gradients, and their sum is wanted.
         scale = distributed.get_world_size() if distributed.is_initialized() else 1
         with self.synchronised(last):
-            loss = self.model(**batch, num_items_in_batch=count).loss * scale
-            self.backward(loss)
+            output = self.model(**batch, num_items_in_batch=count)
+            loss = output.loss
+            if weighted:
+                weights = torch.linspace(0, 2, output.token_loss.size(1))
+                loss = (weights * output.token_loss).sum() / count
+            self.backward(loss * scale)
 
     def synchronised(self, last: bool) -> Any:
         """A context for the micro-batches of a step."""
@@ -182,7 +188,7 @@ def train(run: Run, kind: type[OneProcess], rank: int = 0, world_size: int = 1) 
         count = label_count(micro_batches)
         own = micro_batches[rank::world_size]
         for index, batch in enumerate(own):
-            trainer.accumulate(batch, count, last=index == len(own) - 1)
+            trainer.accumulate(batch, count, index == len(own) - 1, run.weighted)
         trainer.step()
     return whole_parameters(model)
 

@@ -26,6 +26,7 @@ OBJECTIVES = [
     Run("dft"),
 ]
 MODELS = [Run("deft", model=model) for model in ("tied", "lora", "lora-head")]
+WEIGHTED = Run("deft", weighted=True)
 NEEDS_DEEPSPEED = pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
 KINDS_OF_TEST = [
     "ddp",
@@ -54,7 +55,7 @@ def compare(runs: list[Run], kind: str, directory: Path, world_size: int) -> Non
 
 @pytest.mark.parametrize("kind", KINDS_OF_TEST)
 def test_two_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
-    compare(OBJECTIVES + MODELS, kind, tmp_path, world_size=2)
+    compare([*OBJECTIVES, *MODELS, WEIGHTED], kind, tmp_path, world_size=2)
 
 
 @pytest.mark.slow

@@ -212,6 +212,6 @@ def test_a_step_of_nan_is_shown_by_its_loss_and_left_out_of_the_running_mean(
 
     trainer.training_step = second_is_nan
     trainer.train()
-    losses = logged(trainer, "loss")
+    losses = logged(trainer, "objective_loss")
     assert [math.isnan(loss) for loss in losses] == [False, True, False]
     assert 0 < step_mean(trainer).mean < 1
