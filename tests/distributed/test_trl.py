@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
 from deft_plugin.metrics import METRICS
 
@@ -70,11 +71,13 @@ def make_trained(run: Run, directory: Path, **options: Any) -> Any:
         max_steps=STEPS,
         train_sampling_strategy="sequential",
         max_grad_norm=1.0,
-        eval_strategy="steps",
         eval_steps=EVAL_STEPS,
         # TRL 1.9 leaves device_map out on GPUs alone.
-        model_init_kwargs={"dtype": "float32", "device_map": None},
-        **options,
+        **{
+            "model_init_kwargs": {"dtype": "float32", "device_map": None},
+            "eval_strategy": "steps",
+            **options,
+        },
     )
     torch.manual_seed(0)
     trainer = make_trainer(
@@ -166,6 +169,31 @@ def test_with_offload_adamw_on_the_cpu_has_the_parameters_of_one(tmp_path: Path)
     expected = make_trained(run, tmp_path, per_device_train_batch_size=4, **options)
     for parameters in ranks:
         assert_same_parameters(parameters, parameters_of(expected), run)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_4_bit_model_are_those_of_one_process(tmp_path: Path) -> None:
+    save_models(tmp_path)
+    run = Run("deft", model="lora")
+
+    def options(device_map: Any) -> dict[str, Any]:
+        four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        kwargs = {"dtype": "float32", "device_map": device_map, "quantization_config": four_bit}
+        return {"model_init_kwargs": kwargs, "eval_strategy": "no"}
+
+    def train_all() -> list[Parameters]:
+        zero2 = {**distributed_options("zero2"), **options({"": "cpu"})}
+        zero3 = {**distributed_options("zero3"), **options(None)}
+        return [parameters_of(make_trained(run, tmp_path, **each)) for each in (zero2, zero3)]
+
+    (zero2, zero3), _ = on_two_ranks(train_all, tmp_path)
+    alone = make_trained(run, tmp_path, per_device_train_batch_size=4, **options({"": "cpu"}))
+    assert any(isinstance(module, Linear4bit) for module in alone.model.modules())
+    for name, expected in parameters_of(alone).items():
+        for actual in (zero2[name], zero3[name]):
+            # TRL trains them in bfloat16; what the steps have rounded differs in the last place.
+            assert actual.dtype == expected.dtype == torch.bfloat16
+            torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-3, msg=name)
 
 
 def test_zero3_saves_the_whole_model_in_its_own_class(tmp_path: Path) -> None:
