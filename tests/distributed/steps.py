@@ -84,7 +84,7 @@ def label_count(micro_batches: Iterable[Batch]) -> int:
 class OneProcess:
     """Plain PyTorch: what the others are compared with."""
 
-    def __init__(self, model: nn.Module, learning_rate: float = 0.5) -> None:
+    def __init__(self, model: nn.Module, learning_rate: float = 0.2) -> None:
         self.model = self.wrapped(model)
         parameters = [value for value in model.parameters() if value.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, learning_rate, momentum=0.9)
