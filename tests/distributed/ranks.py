@@ -19,7 +19,7 @@ from torch import distributed
 
 
 def run_ranks(
-    function: Callable[[int], Any], directory: Path, world_size: int = 2, timeout: float = 120
+    function: Callable[[int], Any], directory: Path, world_size: int = 2, timeout: float = 300
 ) -> list[Any]:
     """What `function(rank)` returns on each rank.
 

@@ -99,7 +99,7 @@ def parameters_of(trainer: Any) -> Parameters:
     return whole_parameters(trainer.model)
 
 
-def on_two_ranks(function: Callable[[], Any], directory: Path, timeout: float = 120) -> list[Any]:
+def on_two_ranks(function: Callable[[], Any], directory: Path, timeout: float = 300) -> list[Any]:
     """What the function returns on each of two ranks of DeepSpeed on a CPU."""
 
     def on(rank: int) -> Any:
