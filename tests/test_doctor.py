@@ -142,7 +142,6 @@ def test_a_trl_file_without_a_valid_objective_is_an_error(
     assert message in error
 
 
-@pytest.mark.skipif(find_spec("axolotl") is not None, reason="axolotl is installed")
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -168,6 +167,7 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     assert "cannot be read" in finding.text
 
 
+@pytest.mark.skipif(find_spec("axolotl") is not None, reason="axolotl is installed")
 def test_an_axolotl_file_where_axolotl_is_not_installed_is_an_error(tmp_path: Path) -> None:
     (error,) = errors_of(tmp_path / "run.yaml", base_model="not-loaded")
     assert "axolotl is not installed" in error
