@@ -164,6 +164,7 @@ def test_what_does_not_touch_the_loss_is_accepted(keys: dict[str, Any]) -> None:
     validate(configuration(NO_FILES, NO_FILES, **keys))
 
 
+@pytest.mark.usefixtures("own_objectives")
 def test_a_module_with_an_objective_of_ones_own_is_imported_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
