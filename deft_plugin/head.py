@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from .objectives import Objective, build_objective
 from .ops import CoreSettings, GatedLoss, linear_gated_loss
 from .ops.projection import LogitsTransform, project
+from .ops.shard import VocabularyShard
 
 _ATTRIBUTE = "_deft_gated_head"
 
@@ -221,7 +222,7 @@ class GatedHead:
 
         def score(hidden_states: Tensor) -> dict[str, Any]:
             check_lm_head(layer)
-            weight, bias = _head_parameters(layer)
+            weight, bias, shard = _head_parameters(layer)
             gated = linear_gated_loss(
                 hidden_states.to(weight.device),
                 weight,
@@ -233,6 +234,7 @@ class GatedHead:
                 ignore_index=ignore_index,
                 num_items_in_batch=num_items_in_batch,
                 with_entropy=self.with_entropy,
+                shard=shard,
                 **asdict(self.settings),
             )
             return dict(vars(gated))
@@ -517,20 +519,37 @@ class _StandIn(ModelOutput):
         return None
 
 
-def _head_parameters(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The lm_head's weight (V, H) and its bias (V,) or None, whole where tensor parallelism shards them."""
+def _head_parameters(layer: Any) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
+    """The lm_head's weight (V, H), its bias (V,) or None, and which part of them tensor parallelism left here."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     if weight.is_meta:
         raise ValueError(
             "The lm_head's weight is offloaded (device_map), and the gated head reads it directly: give "
             "lm_head a device."
         )
-    # All ranks of tensor parallelism have the same gradient of the whole; each keeps its part.
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-    if isinstance(bias, DTensor):
-        bias = bias.full_tensor()
-    return weight, bias
+    if not isinstance(weight, DTensor):
+        return weight, bias, None
+    shard = _shard_of(weight)
+    return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, shard
+
+
+def _shard_of(weight: DTensor) -> VocabularyShard | None:
+    """The rows of an lm_head's weight on this rank; None where every rank has all of them."""
+    mesh, placements = weight.device_mesh, weight.placements
+    if all(placement.is_replicate() for placement in placements):
+        return None
+    if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim != 0:
+        raise ValueError(
+            f"The lm_head's weight is distributed as {placements} over {mesh}. The gated head supports rows "
+            "sharded over a mesh of one dimension, (Shard(dim=0),): shard lm_head by columns of its "
+            'output ("colwise"), or leave it out of the plan.'
+        )
+    vocab_size = weight.size(0)
+    # As torch.chunk deals them out.
+    rows = -(-vocab_size // mesh.size())
+    return VocabularyShard(
+        mesh.get_group(), min(rows * mesh.get_local_rank(), vocab_size), vocab_size
+    )
 
 
 def _called_as(layer: Any, function: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..objectives import Objective, TokenStatistics
 from .output import gradient_bound
 from .projection import LogitsTransform
+from .shard import VocabularyShard, fold_shard_
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
 # Bytes of logits held at once. On a CPU a tile should stay near the last-level cache. An accelerator wants
@@ -52,6 +53,7 @@ class Head:
         use_triton: whether Triton's kernel folds the tiles.
         skip_below: a token whose gradient is bounded by less than this share of its tile's mean earns no
             product; 0 for none.
+        shard: which part of the vocabulary the weight is; None for all of it.
     """
 
     objective: Objective
@@ -63,6 +65,7 @@ class Head:
     tile_rows: int
     use_triton: bool
     skip_below: float = 0.0
+    shard: VocabularyShard | None = None
 
     def tiles(self) -> Iterator[tuple[slice, Tensor | slice]]:
         """(positions among the valid tokens, rows of `hidden`) of each tile; one, if empty, at least."""
@@ -132,7 +135,8 @@ def chunked_token_loss(
     total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(
         hidden, weight, bias, head, wanted
     )
-    return total, losses, TokenStatistics(values[0], weight.size(0), *values[1:]), gate, skipped
+    vocab_size = weight.size(0) if head.shard is None else head.shard.vocab_size
+    return total, losses, TokenStatistics(values[0], vocab_size, *values[1:]), gate, skipped
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -166,6 +170,8 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             if gate_first:
                 for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
                     gradients.add(tile, gate[tile.positions])
+            if head.shard is not None and gradients.hidden is not None:
+                head.shard.sum_(gradients.hidden)
         inputs = (hidden, weight, bias) if gradients.need_gate else (None, None, None)
         ctx.save_for_backward(gate, gradients.hidden, gradients.weight, gradients.bias, *inputs)
         ctx.head, ctx.wanted = head, wanted
@@ -367,8 +373,13 @@ def _folded_tiles(
             if bias is not None:
                 logits.add_(bias)
             derivative = head.transform.apply_(logits)
-            error, statistics = fold_logits_(logits, targets, head.request)
-            row_factor = None
+            if head.shard is None:
+                error, statistics = fold_logits_(logits, targets, head.request)
+                row_factor = None
+            else:
+                error, row_factor, statistics = fold_shard_(
+                    logits, targets, head.request, head.shard
+                )
             if form_error and derivative is not None:
                 error.mul_(derivative)
         yield _Tile(positions, rows, error, row_factor, statistics)
@@ -386,7 +397,7 @@ def _weighted_again(
     hidden, weight, bias = inputs
     assert hidden is not None
     assert weight is not None
-    if weight.size(0) == 0:
+    if weight.size(0) == 0 and head.shard is None:
         raise RuntimeError(
             "Upstream gradients that differ between tokens need the lm_head's weight in the "
             "backward pass, where it is partitioned away (ZeRO-3). Use the scalar `loss`, or weight "

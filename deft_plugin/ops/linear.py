@@ -21,6 +21,7 @@ from .output import (
 from .projection import LogitsTransform, product_dtype, project
 from .reference import reference_token_loss
 from .settings import CoreSettings, Path
+from .shard import VocabularyShard
 from .softmax import StatisticsRequest
 
 
@@ -41,6 +42,7 @@ def linear_gated_loss(
     path: Path = "auto",
     tile_rows: int | None = None,
     skip_below: float = 0.0,
+    shard: VocabularyShard | None = None,
 ) -> GatedLoss:
     """An objective's loss over a language model's head, computed without the (N, V) logits.
 
@@ -72,19 +74,30 @@ def linear_gated_loss(
             less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure
             of many tokens; tiles with fewer than one in eight of them are computed whole. Not for path
             "reference".
+        shard: weight and bias are this rank's rows of an lm_head sharded over ranks (tensor parallelism), while
+            hidden and targets are the same on all of them. Collective, in the forward pass; loss and hidden's
+            gradient are those of the whole, on every rank. Runs on path "chunked", which "auto" then means.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
-            parameter, path or reduction; path "triton" where it cannot run.
+            parameter, path or reduction; path "triton" where it cannot run; a shard on another path than
+            "chunked".
 
     Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
     """
     objective = build_objective(objective, parameters)
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
-    _check_shapes(hidden, weight, targets, bias)
+    _check_shapes(hidden, weight, targets, bias, shard)
     CoreSettings(path, tile_rows, skip_below)
-    valid = ValidTargets.check(targets, weight.size(0), ignore_index)
+    if shard is not None:
+        if path not in ("auto", "chunked"):
+            raise ValueError(
+                f"path={path!r} cannot run on a sharded vocabulary. Choices: 'auto', 'chunked'."
+            )
+        path = "chunked"
+    vocab_size = weight.size(0) if shard is None else shard.vocab_size
+    valid = ValidTargets.check(targets, vocab_size, ignore_index)
     request = StatisticsRequest.of(objective, with_entropy)
     hidden = hidden.reshape(-1, hidden.size(-1))
     if path == "reference":
@@ -106,13 +119,14 @@ def linear_gated_loss(
             tile_rows=tile_rows
             or default_tile_rows(
                 valid.targets.numel(),
-                weight.size(0),
+                weight.size(0) if shard is None else shard.largest_size,
                 buffer_dtype(dtype, use_triton),
                 hidden.device,
                 trainable,
             ),
             use_triton=use_triton,
             skip_below=skip_below,
+            shard=shard,
         )
         total, token_loss, statistics, gate, skipped = chunked_token_loss(
             hidden, weight, bias, head
@@ -142,12 +156,14 @@ def _check_shapes(
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
+    shard: VocabularyShard | None,
 ) -> None:
     if (
         hidden.dim() < 1
         or weight.dim() != 2
         or hidden.size(-1) != weight.size(1)
-        or not weight.numel()
+        or not weight.size(1)
+        or (not weight.size(0) and shard is None)
     ):
         raise ValueError(
             f"hidden must be (..., H) and weight (V, H); their shapes are {tuple(hidden.shape)} and "

@@ -57,7 +57,7 @@ def fold_logits_(
     # A CPU's softmax adds its row up in one go, so that a peaked row of 32,768 sums to 1 + 5e-6.
     probabilities.div_(probabilities.sum(1, keepdim=True))
     largest_probability = probabilities.amax(1)
-    collision = _sum_of_squares(probabilities) if request.collision else None
+    collision = sum_of_squares(probabilities) if request.collision else None
     entropy = torch.special.entr(probabilities).sum(1) if request.entropy else None
 
     error = probabilities.scatter_(1, targets, 0.0)
@@ -66,9 +66,8 @@ def fold_logits_(
 
     # The largest probability is 1/S, which gives log S without a second pass.
     log_p_of_rare = target_logit - largest_logit + largest_probability.log()
-    log_p = torch.where(others < 0.5, torch.log1p(-others), log_p_of_rare)
     return error, TokenStatistics(
-        log_p=log_p,
+        log_p=log_probability(others, log_p_of_rare),
         vocab_size=logits.size(1),
         is_top1=target_logit >= largest_logit,
         collision=collision,
@@ -77,7 +76,12 @@ def fold_logits_(
     )
 
 
-def _sum_of_squares(tile: Tensor, block: int = 1024) -> Tensor:
+def log_probability(others: Tensor, log_p_of_rare: Tensor) -> Tensor:
+    """log p_y, from the other tokens' probability where p_y is the larger one."""
+    return torch.where(others < 0.5, torch.log1p(-others), log_p_of_rare)
+
+
+def sum_of_squares(tile: Tensor, block: int = 1024) -> Tensor:
     """Row sums of squares without a temporary of the tile's size.
 
     In blocks, since a CPU's norm adds a whole row up in one go: over 262,144 entries that costs a
