@@ -30,9 +30,14 @@ SKIPPING_METRICS = {
 
 
 class TokenMetrics:
-    """Sums over tokens since the last `reset`. Adding a micro-batch does not synchronise the device."""
+    """Sums over tokens since the last `reset`. Adding a micro-batch does not synchronise the device.
+
+    Attributes:
+        troubles: sentences on what was wrong with the window that `means` was last called for.
+    """
 
     def __init__(self) -> None:
+        self.troubles: list[str] = []
         self._sums: Tensor | None = None
         self._has_focus = True
         self._has_entropy = True
@@ -69,6 +74,9 @@ class TokenMetrics:
                     skipped,
                     bound * skipped,
                     bound,
+                    ~gated.token_loss.isfinite(),
+                    gated.mask.new_ones(1),
+                    ~mask[:rows].any().reshape(1),
                 )
             ]
         )
@@ -79,11 +87,20 @@ class TokenMetrics:
 
         Collective when torch.distributed is initialised: every rank has to call it.
         """
-        sums = torch.zeros(12, dtype=torch.float64) if self._sums is None else self._sums
+        sums = torch.zeros(15, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
-        count, *totals = sums.tolist()
+        count, *totals, not_finite, passes, empty_passes = sums.tolist()
+        self.troubles = []
+        if not_finite:
+            self.troubles.append(
+                f"{not_finite:,.0f} of {count:,.0f} scored tokens have no finite loss"
+            )
+        if empty_passes:
+            self.troubles.append(
+                f"{empty_passes:,.0f} of {passes:,.0f} forward passes scored no token"
+            )
         if not count:
             return {}
         loss, nll, entropy, top1, probability, focus, gate, closed, skipped, lost, bound = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
 from .step_mean import StepMean
+
+logger = logging.getLogger("deft_plugin")
 
 
 class GatedTraining:
@@ -24,7 +28,9 @@ class GatedTraining:
     """
 
     def __init__(self, trainer: Any, head: GatedHead) -> None:
+        check_weights(head.model)
         self.head = head
+        self._writes_log = trainer.is_world_process_zero()
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)
@@ -75,6 +81,9 @@ class GatedTraining:
         """Means over the logging window on all ranks, which ends here. Collective."""
         means = self._train.means(device)
         self._train.reset()
+        if self._writes_log:
+            for trouble in self._train.troubles:
+                logger.warning("Since the last log, %s.", trouble)
         return means
 
     def start_evaluation(self) -> None:

@@ -9,6 +9,7 @@ from axolotl.core.trainers import AxolotlTrainer
 from torch import Tensor
 from transformers import Trainer
 
+from ..checks import check_data
 from ..head import add_gated_head
 from ..objectives import Objective
 from ..ops import CoreSettings
@@ -50,8 +51,8 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         """Give the model its gated head.
 
         Raises:
-            ValueError: the model cannot have one (see `deft_plugin.add_gated_head`), or would be copied
-                to several GPUs.
+            ValueError: the model cannot have one (see `deft_plugin.add_gated_head`), would be copied to
+                several GPUs, or has NaN weights; the data cannot be trained on (see `checks.check_data`).
         """
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -60,6 +61,9 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
                 "one GPU: CUDA_VISIBLE_DEVICES=0."
             )
         head = add_gated_head(self.model, objective, with_entropy=True, **asdict(settings))
+        for name in ("train_dataset", "eval_dataset"):
+            warn = self.is_world_process_zero()
+            check_data(name, getattr(self, name), head.model, warn=warn)
         keep_cpu_weights_unpacked(self.model)
         # Axolotl asks the backbone, which takes no num_items_in_batch; the gated head does, and it
         # shifts labels also for a model whose loss transformers does not know.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
@@ -33,6 +34,17 @@ def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: b
         _check_text_only(model, args, loss_type)
     else:
         check_model(causal_lm_of(model))
+    for name in ("train_dataset", "eval_dataset"):
+        _check_rows(name, arguments.get(name))
+
+
+def _check_rows(name: str, dataset: Any) -> None:
+    """Refuse a data set without rows, on which TRL would raise a bare StopIteration."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            _check_rows(f"{name}[{key!r}]", part)
+    elif isinstance(dataset, Sized) and not len(dataset):
+        raise ValueError(f"{name} has no rows.")
 
 
 def check_settings(args: Any, peft_config: Any, loss_type: str, liger_is_whole: bool) -> None:

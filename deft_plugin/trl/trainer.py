@@ -25,6 +25,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from trl.trainer import sft_trainer
 
+from ..checks import check_data
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
 from ..ops import CoreSettings
@@ -104,6 +105,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         with _stand_in(training_args), _without_trls_head():
             original["__init__"](self, *args, **kwargs)
         self._gating = _install(self, objective, core_settings_of(training_args))
+        _check_data(self, arguments)
 
     @functools.wraps(original["train"])
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -232,6 +234,32 @@ def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> Gate
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
     return GatedTraining(trainer, head)
+
+
+def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
+    """Look at what TRL has made of the data sets it was given."""
+    for name, packs in (
+        ("train_dataset", trainer.args.packing),
+        ("eval_dataset", _packs_eval(trainer.args)),
+    ):
+        prepared = getattr(trainer, name)
+        given: Any = arguments.get(name)
+        many = isinstance(prepared, dict)
+        for key in prepared if many else [None]:
+            cuts = not packs and trainer.args.truncation_mode == "keep_start"
+            check_data(
+                f"{name}[{key!r}]" if many else name,
+                prepared[key] if many else prepared,
+                causal_lm_of(trainer.model),
+                warn=trainer.is_world_process_zero(),
+                given=None if packs else given[key] if many else given,
+                max_length=trainer.args.max_length if cuts else None,
+                end=trainer.processing_class.eos_token_id,
+            )
+
+
+def _packs_eval(args: Any) -> bool:
+    return bool(args.packing if args.eval_packing is None else args.eval_packing)
 
 
 def _remove_gated_head(model: Any) -> None:

@@ -172,9 +172,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 def test_a_tensor_parallel_model_has_the_gradients_of_the_whole(
     architecture: str, tied: bool, tmp_path: Path
 ) -> None:
-    model = tiny_model(
-        architecture, num_key_value_heads=2, tie_word_embeddings=tied
-    )
+    model = tiny_model(architecture, num_key_value_heads=2, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "model")
     batch = make_batch(length=12, seed=1)
 

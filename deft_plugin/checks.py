@@ -1,0 +1,189 @@
+"""What is looked at once, before training: the model's weights and the tokens of the data sets, in counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+
+logger = logging.getLogger("deft_plugin")
+
+Integers = npt.NDArray[np.int64]
+_BATCH_ROWS = 1000
+_IGNORED = -100
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise `ValueError` where a weight of the model is NaN. What is quantised or partitioned away is not read."""
+    for name, parameter in model.named_parameters():
+        # Quantised weights are parameters of a class of their own, some with a floating dtype.
+        if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+            continue
+        if parameter.is_meta or not parameter.numel():
+            continue
+        # The smallest of numbers with a NaN among them is NaN, at the price of one read.
+        if torch.aminmax(parameter.detach()).min.isnan():
+            count = int(parameter.isnan().sum())
+            raise ValueError(
+                f"The weight {name} has {count:,} NaN of {parameter.numel():,} numbers: the checkpoint is "
+                "damaged or was saved after training diverged. Training on it would change nothing."
+            )
+
+
+@dataclass
+class TokenCounts:
+    """What a data set of token ids holds.
+
+    Attributes:
+        rows: number of rows.
+        unscored: rows without a label that is scored; the first token's never is.
+        cut: rows as long as `max_length` that do not end with the end-of-text token.
+        outside: tokens that the model has no embedding for, and labels that it has no logit for, by column:
+            number of rows, first row, first id.
+    """
+
+    rows: int = 0
+    unscored: int = 0
+    cut: int = 0
+    outside: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+def count_tokens(
+    dataset: Dataset, sizes: Mapping[str, int], max_length: int | None, end: int | None
+) -> TokenCounts:
+    """Go through the columns `input_ids` and `labels` once.
+
+    Args:
+        dataset: prepared for training.
+        sizes: number of ids that a column may hold, by column.
+        max_length: what rows were cut to, or None.
+        end: the end-of-text token, or None.
+    """
+    counts = TokenCounts()
+    for start, columns in _lists(dataset, list(sizes)):
+        for name, (values, starts, ends) in columns.items():
+            wrong = (values < 0) | (values >= sizes[name])
+            if name == "labels":
+                wrong &= values != _IGNORED
+            per_row = _sums(wrong, starts, ends)
+            if per_row.any():
+                rows, first, token = counts.outside.get(name, (0, -1, 0))
+                if not rows:
+                    first = start + int(per_row.argmax())
+                    token = int(values[wrong.argmax()])
+                counts.outside[name] = (rows + int((per_row > 0).sum()), first, token)
+        values, starts, ends = columns.get("labels", columns["input_ids"])
+        counts.rows += len(starts)
+        scored = _sums(values != _IGNORED, np.minimum(starts + 1, ends), ends)
+        counts.unscored += int((scored == 0).sum())
+        values, starts, ends = columns["input_ids"]
+        if max_length is not None and end is not None:
+            full = (ends - starts == max_length) & (ends > starts)
+            counts.cut += int((values[ends[full] - 1] != end).sum())
+    return counts
+
+
+def check_data(
+    name: str,
+    dataset: Any,
+    model: PreTrainedModel,
+    *,
+    warn: bool = True,
+    given: Any = None,
+    max_length: int | None = None,
+    end: int | None = None,
+) -> None:
+    """Raise `ValueError` for a data set that cannot be trained on, and warn of rows that train nothing.
+
+    Args:
+        name: what to call it in messages.
+        dataset: prepared for training; only a `datasets.Dataset` with token ids is looked at.
+        model: the causal LM.
+        warn: whether this process is the one that writes to the log.
+        given: what the trainer prepared it from row by row, to count those that it dropped.
+        max_length: what the trainer has cut rows to, or None.
+        end: the end-of-text token, or None.
+
+    Raises:
+        ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in (dataset.column_names or []):
+        return
+    # Attributes, since ZeRO-3 leaves no weight to measure.
+    vocab_size = model.config.vocab_size
+    sizes = {"input_ids": getattr(model.get_input_embeddings(), "num_embeddings", vocab_size)}
+    if "labels" in dataset.column_names:
+        sizes["labels"] = getattr(model.get_output_embeddings(), "out_features", vocab_size)
+    counts = count_tokens(dataset, sizes, max_length, end)
+    for column, (rows, first, token) in counts.outside.items():
+        raise ValueError(
+            f"{name}: {rows:,} of {counts.rows:,} rows have {column} outside the model's vocabulary "
+            f"[0, {sizes[column]:,}), the first in row {first:,}: {token:,}. Load the tokenizer that belongs "
+            "to the model, or call model.resize_token_embeddings(len(tokenizer))."
+        )
+    cut_to = f"max_length={max_length}"
+    dropped = len(given) - counts.rows if isinstance(given, Dataset) else 0
+    if counts.unscored == counts.rows:
+        reason = f" after rows were cut to {cut_to}" if dropped > 0 or counts.cut else ""
+        raise ValueError(
+            f"{name}: none of its {counts.rows + max(dropped, 0):,} rows has a token to train on{reason}. "
+            "Check the labels, the prompt's part of each row and max_length."
+        )
+    if not warn:
+        return
+    if dropped > 0:
+        logger.warning(
+            "%s: %s of %s rows are left out: cut to %s they have no token to train on.",
+            name,
+            f"{dropped:,}",
+            f"{len(given):,}",
+            cut_to,
+        )
+    if counts.unscored:
+        logger.warning(
+            "%s: %s of %s rows have no token to train on.",
+            name,
+            f"{counts.unscored:,}",
+            f"{counts.rows:,}",
+        )
+    if counts.cut:
+        logger.warning(
+            "%s: %s of %s rows fill %s and do not end with the end-of-text token: what came after was cut "
+            "off, so they do not teach where an answer ends.",
+            name,
+            f"{counts.cut:,}",
+            f"{counts.rows:,}",
+            cut_to,
+        )
+
+
+def _lists(
+    dataset: Dataset, names: list[str]
+) -> Iterator[tuple[int, dict[str, tuple[Integers, Integers, Integers]]]]:
+    """Row number of each batch, and its columns: all values, and where each row's begin and end."""
+    start = 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(_BATCH_ROWS):
+        columns = {}
+        for name in names:
+            column = table[name].combine_chunks()
+            lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+            ends = np.cumsum(lengths, dtype=np.int64)
+            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+            columns[name] = (values, ends - lengths, ends)
+        yield start, columns
+        start += len(table)
+
+
+def _sums(flags: npt.NDArray[np.bool_], starts: Integers, ends: Integers) -> Integers:
+    """How many flags each row has."""
+    totals = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
+    return totals[ends] - totals[starts]

@@ -1,0 +1,148 @@
+"""Data sets and models that cannot teach: an error before training, or a warning with a count."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from deft_plugin.checks import count_tokens
+from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
+from tests.updates import make_rows
+
+PAIRS = [("1 + 1 =", " 2"), ("12 * 3 =", " 36, of course"), ("So?", " No"), ("Why?", " 42 is why")]
+
+
+def pairs(*chosen: tuple[str, str]) -> Dataset:
+    return Dataset.from_list([{"prompt": p, "completion": c} for p, c in chosen or PAIRS])
+
+
+def refused(tmp_path: Path, dataset: Any, message: str, **options: Any) -> None:
+    settings = {name: options.pop(name) for name in ("max_length", "packing") if name in options}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(config(tmp_path, **settings), dataset, **options)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Any:
+    """A function that gives the warnings of deft_plugin so far."""
+    caplog.set_level(logging.WARNING, "deft_plugin")
+    return lambda: [r.getMessage() for r in caplog.records if r.name == "deft_plugin"]
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    nothing = pairs().select([])
+    refused(tmp_path, nothing, "train_dataset has no rows")
+    refused(tmp_path, pairs(), "eval_dataset has no rows", eval_dataset=nothing)
+    several = {"good": pairs(), "bad": nothing}
+    refused(tmp_path, pairs(), r"eval_dataset\['bad'\] has no rows", eval_dataset=several)
+
+
+def test_no_label_in_any_row(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, -100, -100]} for _ in range(3)]
+    refused(tmp_path, as_dataset(rows), "train_dataset: none of its 3 rows has a token to train on")
+
+
+def test_answers_that_max_length_cuts_off_altogether(tmp_path: Path) -> None:
+    refused(tmp_path, pairs(), "none of its 4 rows .* after .* cut to max_length=3", max_length=3)
+
+
+def test_rows_that_max_length_leaves_out_or_cuts_are_counted(tmp_path: Path, warnings: Any) -> None:
+    lengths = [
+        len(row["input_ids"]) for row in make_trainer(config(tmp_path), pairs()).train_dataset
+    ]
+    assert warnings() == []
+    # One prompt alone fills it; two more rows are longer.
+    trainer = make_trainer(config(tmp_path, max_length=8), pairs())
+    assert len(trainer.train_dataset) == 3
+    assert sum(length > 8 for length in lengths) == 3
+    assert [w.split(":")[1].split("rows")[0].strip() for w in warnings()] == ["1 of 4", "2 of 3"]
+    assert "left out" in warnings()[0]
+    assert "where an answer ends" in warnings()[1]
+
+
+def test_some_rows_without_labels_are_counted(tmp_path: Path, warnings: Any) -> None:
+    rows = make_rows(4)
+    first, *rest = rows[1]["input_ids"]
+    rows[1]["labels"] = [first] + [-100] * len(rest)
+    make_trainer(config(tmp_path), rows, eval_dataset=as_dataset(rows))
+    assert warnings() == [
+        "train_dataset: 1 of 4 rows have no token to train on.",
+        "eval_dataset: 1 of 4 rows have no token to train on.",
+    ]
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+@pytest.mark.parametrize("token", [VOCAB_SIZE, -5])
+def test_token_outside_the_vocabulary(tmp_path: Path, column: str, token: int) -> None:
+    rows = make_rows(4)
+    rows[2][column] = [*rows[2][column][:-1], token]
+    message = rf"train_dataset: 1 of 4 rows have {column} outside .* \[0, 128\), the first in row 2: {token}"
+    refused(tmp_path, as_dataset(rows), message)
+    refused(tmp_path, make_rows(4), message.replace("train", "eval"), eval_dataset=as_dataset(rows))
+
+
+def test_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{index}>" for index in range(VOCAB_SIZE - len(tokenizer) + 2)])
+    assert len(tokenizer) == VOCAB_SIZE + 2
+    data = pairs(*PAIRS, (f"<new{len(tokenizer) - len(tiny_tokenizer()) - 1}>", " 1"))
+    refused(
+        tmp_path,
+        data,
+        r"1 of 5 rows have input_ids outside .*: 129\. .*resize_token_embeddings",
+        processing_class=tokenizer,
+    )
+    # As the message says.
+    model = qwen3()
+    model.resize_token_embeddings(len(tokenizer))
+    trainer = make_trainer(config(tmp_path), data, model, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.model.lm_head.weight.size(0) == VOCAB_SIZE + 2
+    assert logged(trainer, "nll")[0] > 0
+
+
+def test_nan_weights(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5:7] = torch.nan
+    refused(
+        tmp_path, make_rows(4), r"model\.layers\.1\.mlp\.up_proj\.weight has 2 NaN of", model=model
+    )
+
+
+def test_losses_that_become_nan_and_passes_without_labels_are_told(
+    tmp_path: Path, warnings: Any
+) -> None:
+    rows = make_rows(4)
+    first, *rest = rows[1]["input_ids"]
+    rows[1]["labels"] = [first] + [-100] * len(rest)
+    args = config(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer = make_trainer(args, rows)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[7] = torch.nan
+    before = len(warnings())
+    trainer.train()
+    scored = sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert warnings()[before:] == [
+        f"Since the last log, {scored} of {scored} scored tokens have no finite loss.",
+        "Since the last log, 1 of 4 forward passes scored no token.",
+    ]
+
+
+def test_counts_over_many_batches_and_empty_rows() -> None:
+    rows = [{"input_ids": [], "labels": []}]
+    rows += [{"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}] * 2500
+    rows += [{"input_ids": [1, 2, 9], "labels": [1, -100, -100]}] * 3
+    counts = count_tokens(Dataset.from_list(rows), {"input_ids": 9, "labels": 9}, 3, 3)
+    assert (counts.rows, counts.unscored, counts.cut) == (2504, 4, 3)
+    assert counts.outside == {"input_ids": (3, 2501, 9)}
+    # In the order that rows are chosen in.
+    chosen = Dataset.from_list(rows).select([2502, 0, 1])
+    counts = count_tokens(chosen, {"input_ids": 9, "labels": 9}, 3, 3)
+    assert (counts.rows, counts.unscored, counts.cut) == (3, 2, 1)
+    assert counts.outside == {"input_ids": (1, 0, 9)}
