@@ -162,6 +162,13 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "is an Axolotl file, and axolotl is not installed here")
         return
     plugins = values.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        yield Finding("error", f"plugins: {plugins!r} is not a list of names")
+        return
+    if not all(isinstance(key, str) for key in values):
+        strange = [key for key in values if not isinstance(key, str)]
+        yield Finding("error", f"has keys that are no text: {strange}")
+        return
     if AXOLOTL_PLUGIN not in plugins:
         yield Finding(
             "error",
