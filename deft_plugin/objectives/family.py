@@ -137,7 +137,8 @@ class CayleyTrans(FocusObjective):
             packing and the number of ranks. "global": all valid tokens of the optimizer step on all
             ranks, exactly, for an extra forward pass over each step of more than one micro-batch.
             "ema": a running mean of that over the steps before, saved in checkpoints. "fixed":
-            `mean_probability`. A trainer provides the mean for "global" and "ema" (`at_mean`).
+            `mean_probability`. "auto": "ema" in a trainer, which provides the mean (`at_mean`), and
+            "micro_batch" elsewhere, where one call is all that is known of the step.
         mean_probability: in [0, 1]; the mean of p to use with scope "fixed", or that scope "ema" begins
             with (by default the first step's own).
         decay: weight of the past in the running mean of scope "ema", in [0, 1); by default 0.9.
@@ -145,7 +146,7 @@ class CayleyTrans(FocusObjective):
     """
 
     floor_coefficient: float = 0.5
-    scope: Literal["micro_batch", "fixed", "global", "ema"] = "micro_batch"
+    scope: Literal["auto", "ema", "global", "micro_batch", "fixed"] = "auto"
     mean_probability: float | None = None
     decay: float | None = None
     minimum: float = 0.001
@@ -179,7 +180,7 @@ class CayleyTrans(FocusObjective):
 
     @property
     def step_scope(self) -> str | None:
-        return self.scope if self.scope in ("global", "ema") else None
+        return {"auto": "ema", "ema": "ema", "global": "global"}.get(self.scope)
 
     def at_mean(self, mean: float | None) -> CayleyTrans:
         return replace(
@@ -190,11 +191,11 @@ class CayleyTrans(FocusObjective):
         )
 
     def focus(self, statistics: TokenStatistics) -> Tensor:
-        if self.step_scope is not None:
+        if self.scope in ("global", "ema"):
             raise ValueError(
                 f"Objective {self.name!r}: scope={self.scope!r} needs the mean over the whole optimizer "
                 "step, which the TRL and Axolotl trainers provide. Here, use at_mean(mean), or scope "
-                "'micro_batch' or 'fixed'."
+                "'auto', 'micro_batch' or 'fixed'."
             )
         p = statistics.p
         mean = p.mean() if self.mean_probability is None else self.mean_probability

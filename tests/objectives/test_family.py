@@ -286,12 +286,21 @@ def test_cayley_focus_is_the_cayley_transform_of_the_uncertainty() -> None:
     torch.testing.assert_close((1 - focus) / (1 + focus), 1 - p, rtol=0, atol=1e-15)
 
 
-def test_micro_batch_scope_is_the_fixed_scope_at_the_mean_of_p() -> None:
+@pytest.mark.parametrize("scope", ["micro_batch", "auto"])
+def test_without_a_trainer_the_mean_is_that_of_the_call(scope: str) -> None:
     statistics = token_statistics([-0.1, -2.0, -7.0])
     mean = statistics.p.mean().item()
-    coupled = build_objective("cayley_trans")
+    coupled = build_objective("cayley_trans", {"scope": scope})
     fixed = build_objective("cayley_trans", {"scope": "fixed", "mean_probability": mean})
     torch.testing.assert_close(coupled.gate(statistics), fixed.gate(statistics), rtol=1e-15, atol=0)
+
+
+def test_auto_is_the_default_and_a_running_mean_in_a_trainer() -> None:
+    objective = build_objective("cayley_trans")
+    assert objective == build_objective("cayley_trans", {"scope": "auto"})
+    assert objective.step_scope == "ema"
+    fixed = build_objective("cayley_trans", {"scope": "fixed", "mean_probability": 0.4})
+    assert objective.at_mean(0.4) == fixed
 
 
 @pytest.mark.parametrize("scope", ["global", "ema"])
@@ -301,7 +310,8 @@ def test_a_scope_of_the_whole_step_is_the_fixed_scope_at_its_mean(scope: str) ->
     fixed = {"scope": "fixed", "mean_probability": 0.4, "floor_coefficient": 0.7}
     assert objective.step_scope == scope
     assert objective.at_mean(0.4) == build_objective("cayley_trans", fixed)
-    assert objective.at_mean(None) == build_objective("cayley_trans", {"floor_coefficient": 0.7})
+    own = {"scope": "micro_batch", "floor_coefficient": 0.7}
+    assert objective.at_mean(None) == build_objective("cayley_trans", own)
     with pytest.raises(ValueError, match=f"scope='{scope}' needs the mean.*at_mean"):
         objective.gate(statistics)
 

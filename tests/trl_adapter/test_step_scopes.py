@@ -42,12 +42,15 @@ def test_first_step_has_the_mean_over_all_its_tokens(
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), SPLITS)
-@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize(
+    ("parameters", "decay"),
+    [({}, DEFAULT_DECAY), ({"scope": "ema"}, DEFAULT_DECAY), ({"scope": "ema", "decay": 0.5}, 0.5)],
+    ids=str,
+)
 def test_running_mean_is_over_the_steps_before(
-    tmp_path: Path, batch: int, accumulation: int, decay: float | None
+    tmp_path: Path, batch: int, accumulation: int, parameters: dict[str, Any], decay: float
 ) -> None:
     rows = make_rows(8)
-    parameters = {"scope": "ema"} if decay is None else {"scope": "ema", "decay": decay}
     args = config(
         tmp_path,
         loss_type="cayley_trans",
@@ -76,8 +79,7 @@ def test_running_mean_is_over_the_steps_before(
                 for parameter in model.parameters():
                     parameter -= LEARNING_RATE * parameter.grad
                     parameter.grad = None
-            weight = DEFAULT_DECAY if decay is None else decay
-            running = mean if running is None else weight * running + (1 - weight) * mean
+            running = mean if running is None else decay * running + (1 - decay) * mean
 
     # Three steps of a model whose norms are in float32.
     assert_same_update(actual, update_of(model, train), tolerance=1e-6)
