@@ -204,8 +204,16 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
     except Exception as error:
         yield Finding("error", str(error))
         return
-    for key in ignored_keys(values):
-        yield Finding("error", f"Axolotl ignores the key {key!r}, which it does not know")
+    errors = [
+        f"Axolotl ignores the key {key!r}, which it does not know" for key in ignored_keys(values)
+    ]
+    try:
+        manager.plugins[AXOLOTL_PLUGIN].pre_model_load(valid)
+    except ValueError as error:
+        errors.append(str(error))
+    yield from (Finding("error", error) for error in errors)
+    if errors:
+        return
     _, parameters = DEFTSettings(**(valid.deft or {})).split()
     yield Finding("ok", f"trains with {build_objective(valid.deft_objective, parameters)!r}")
 

@@ -177,7 +177,7 @@ class GatedHead:
         hidden_states = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
-            hidden_states, targets = hidden_states[:, :-1], labels[:, 1:]
+            hidden_states, targets = hidden_states[:, :-1], labels[..., 1:]
         else:
             targets = shift_labels
         gated = self._score(model, hidden_states, targets, num_items_in_batch, ignore_index)
@@ -348,9 +348,10 @@ def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
 def check_model(model: PreTrainedModel) -> None:
     """Raise `ValueError` where `model` (not PEFT-wrapped) cannot have a gated head."""
     name = type(model).__name__
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{name} is not a Hugging Face causal LM: it has no get_output_embeddings()."
+            f"{name} is not a Hugging Face causal LM. The gated head goes on the model itself, before "
+            "torch.compile, DDP or another wrapper is put around it."
         )
     if getattr(model.config, "is_encoder_decoder", False) or (
         LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss) is not ForCausalLMLoss

@@ -15,7 +15,7 @@ from .ops import gated_loss
 class LogitsLoss:
     """An objective as `Trainer(compute_loss_func=LogitsLoss("deft"))`.
 
-    Takes the model's outputs with logits (batch, sequence, V) and labels (batch, sequence), shifts the
+    Takes the model's outputs with logits (batch, sequence, V), named or first, and labels (batch, sequence), shifts the
     labels by one, and divides by `num_items_in_batch`, so that gradients do not depend on how a step is
     split into micro-batches. The logits are the memory's largest tensor: `add_gated_head` avoids them.
 
@@ -40,7 +40,8 @@ class LogitsLoss:
                 "Use deft_plugin.add_gated_head(model), which keeps it, or set "
                 "model.config.output_router_logits=False to train without it."
             )
-        logits = outputs["logits"]
+        # A tuple with return_dict=False.
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         # Shifting the labels, not the logits, avoids a copy of the logits.
         targets = functional.pad(labels[..., 1:], (0, 1), value=-100).to(logits.device)
         loss = gated_loss(logits, targets, self.objective, num_items_in_batch=num_items_in_batch)

@@ -32,7 +32,7 @@ _OTHER_LOSSES = {
 _SPLIT_MODELS = {
     "context_parallel_size": "tokens of a sequence would be on several ranks",
     "sequence_parallel_degree": "tokens of a sequence would be on several ranks",
-    "tensor_parallel_size": "the lm_head would be split over ranks",
+    "tensor_parallel_size": "not tested under Axolotl",
     "expert_parallel_size": "not tested",
 }
 
@@ -47,6 +47,9 @@ def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
         str(name).endswith("CutCrossEntropyPlugin") for name in data.get("plugins") or ()
     ):
         yield f"CutCrossEntropyPlugin would replace the objective. {_OTHER_LOSSES['cut_cross_entropy']}"
+    for key in ("type_of_model", "model_type"):
+        if "Classification" in str(data.get(key)):
+            yield f"`{key}: {data[key]}` has no language-model head. Remove it, or the plugin."
     for key, reason in _SPLIT_MODELS.items():
         if _greater_than_one(data.get(key)):
             yield (

@@ -105,6 +105,8 @@ def test_a_wrong_key_or_value_is_named_with_the_choices(
         ({"reward_model": True}, "or the plugin"),
         ({"process_reward_model": True}, "or the plugin"),
         ({"kd_trainer": True}, "or the plugin"),
+        ({"model_type": "AutoModelForSequenceClassification"}, "or the plugin"),
+        ({"type_of_model": "AutoModelForTokenClassification"}, "or the plugin"),
         ({"trainer_cls": "transformers.Trainer"}, "or the plugin"),
         ({"qat": {"weight_dtype": "int8"}}, "or the plugin"),
         ({"context_parallel_size": 2}, "Set it to 1"),

@@ -12,17 +12,21 @@ from deft_plugin.doctor import Finding, check_yaml
 
 from .running import PLUGIN, configuration
 
+DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 
-def findings(tmp_path: Path, **overrides: Any) -> list[Finding]:
+
+def findings(tmp_path: Path, overrides: dict[Any, Any]) -> list[Finding]:
     """What the doctor says of a configuration with these keys."""
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(configuration(Path("not-loaded"), tmp_path, **overrides)))
+    values = {**configuration(Path("not-loaded"), tmp_path), **overrides}
+    values = {key: value for key, value in values.items() if value is not None}
+    path.write_text(yaml.safe_dump(values))
     return list(check_yaml(path))
 
 
 def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
     block = {"scope": "fixed", "mean_probability": 0.25, "tile_rows": 64}
-    (finding,) = findings(tmp_path, deft_objective="cayley_trans", deft=block)
+    (finding,) = findings(tmp_path, {"deft_objective": "cayley_trans", "deft": block})
     assert finding.level == "ok"
     assert "CayleyTrans" in finding.text
     assert "mean_probability=0.25" in finding.text
@@ -39,11 +43,15 @@ def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
         ({"use_eaft": True}, "use_eaft"),
         ({"micro_batch_size": "many"}, "micro_batch_size"),
         ({"learning_rte": 0.1}, "'learning_rte'"),
+        ({"plugins": [PLUGIN, DIFFUSION]}, "brings a trainer of its own"),
+        ({"plugins": f"{PLUGIN}"}, "is not a list of names"),
+        ({"plugins": [PLUGIN, 3]}, "is not a list of names"),
+        ({7: "x"}, "keys that are no text: [7]"),
     ],
 )
 def test_what_would_train_something_else_is_an_error(
-    tmp_path: Path, keys: dict[str, Any], message: str
+    tmp_path: Path, keys: dict[Any, Any], message: str
 ) -> None:
-    errors = [found.text for found in findings(tmp_path, **keys) if found.level == "error"]
+    errors = [found.text for found in findings(tmp_path, keys) if found.level == "error"]
     assert len(errors) == 1
     assert message in errors[0]

@@ -62,6 +62,7 @@ def without_lm_head() -> PreTrainedModel:
         (masked_lm, "Bert.* is not a decoder-only causal LM"),
         (without_lm_head, "LlamaModel has no lm_head"),
         (lambda: nn.Linear(2, 2), "Linear is not a Hugging Face causal LM"),
+        (lambda: torch.compile(tiny_model("llama")), "OptimizedModule .* before torch.compile"),
     ],
 )
 def test_models_of_another_kind_are_refused(make_model: Any, message: str) -> None:

@@ -55,3 +55,9 @@ def test_a_batch_without_labels_has_a_loss_of_zero_with_a_backward() -> None:
     loss.backward()
     assert loss == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_outputs_as_a_tuple_have_the_same_loss() -> None:
+    logits, labels = outputs_and_labels()
+    named = LogitsLoss()(CausalLMOutput(logits=logits), labels)
+    assert LogitsLoss()((logits, "past_key_values"), labels) == named
