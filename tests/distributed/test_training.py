@@ -61,4 +61,4 @@ def test_two_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS_OF_TEST)
 def test_four_processes_have_the_parameters_of_one(kind: str, tmp_path: Path) -> None:
-    compare([OBJECTIVES[0], *MODELS], kind, tmp_path, world_size=4)
+    compare([*OBJECTIVES, *MODELS], kind, tmp_path, world_size=4)

@@ -1,4 +1,4 @@
-"""Two processes train and report what one does."""
+"""Two and four processes train and report what one does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from tests.trl_adapter.running import as_dataset, config, make_trainer
 from tests.updates import assert_same_update, make_rows, update_of
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(
     ("loss_type", "loss_kwargs"),
     [("deft", {}), ("cayley_trans", {"scope": "global"}), ("cayley_trans", {"scope": "ema"})],
     ids=str,
 )
-def test_two_ranks_have_the_update_and_the_metrics_of_one(
-    tmp_path: Path, loss_type: str, loss_kwargs: dict[str, Any]
+def test_ranks_have_the_update_and_the_metrics_of_one_process(
+    tmp_path: Path, loss_type: str, loss_kwargs: dict[str, Any], world_size: int
 ) -> None:
     rows = make_rows(2, seed=1, shortest=3, longest=4) + make_rows(6, seed=2)
     # Not a multiple of what the ranks take at once: one of them repeats rows to fill up its last batch.
@@ -39,12 +40,12 @@ def test_two_ranks_have_the_update_and_the_metrics_of_one(
     expected = update_of(trainer.model, trainer.train)
 
     def train(rank: int) -> Any:
-        args = config(tmp_path, per_device_train_batch_size=2, **options)
+        args = config(tmp_path, per_device_train_batch_size=4 // world_size, **options)
         trainer = make_trainer(args, rows, eval_dataset=as_dataset(eval_rows))
         update = update_of(trainer.model, trainer.train)
         return trainer.state.log_history, update
 
-    (log, update), _ = run_ranks(train, tmp_path)
+    (log, update), *_ = run_ranks(train, tmp_path, world_size)
     assert_same_update(update, expected, tolerance=1e-9)
     assert len(log) == len(trainer.state.log_history)
     compared = 0
