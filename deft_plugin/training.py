@@ -28,9 +28,11 @@ class GatedTraining:
     """
 
     def __init__(self, trainer: Any, head: GatedHead) -> None:
-        check_weights(head.model)
         self.head = head
         self._writes_log = trainer.is_world_process_zero()
+        if self._writes_log:
+            # FSDP loads the weights on the first rank alone; the others may hold anything.
+            check_weights(head.model)
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)

@@ -4,7 +4,7 @@ On a machine that has other work to do, OpenMP's spinning threads made the demo 
 the setting when torch is imported.
 
 What is kept from the console is what a reader cannot act on: a note on an optional kernel that bitsandbytes
-writes while it is imported (PEFT imports it), notes of transformers to itself about arguments that will be
+writes while it is imported (PEFT imports it), DeepSpeed's that it has found no GPU, notes of transformers to itself about arguments that will be
 renamed, and the bars of steps that take a second. Downloads from the hub keep theirs.
 """
 
@@ -19,6 +19,8 @@ import huggingface_hub.utils
 import transformers
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# A filter, since DeepSpeed sets its own level when it is imported.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
