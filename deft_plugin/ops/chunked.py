@@ -26,7 +26,7 @@ from torch import Tensor
 from ..objectives import Objective, TokenStatistics
 from .output import gradient_bound
 from .projection import LogitsTransform
-from .shard import VocabularyShard, fold_shard_
+from .shard import VocabularyShard
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
 # Bytes of logits held at once. On a CPU a tile should stay near the last-level cache. An accelerator wants
@@ -83,14 +83,14 @@ class _Tile:
         positions: where its tokens are among the valid ones.
         rows: which rows of `hidden` they are.
         error: (n, V), p - e_y times the softcap's derivative, up to `row_factor`.
-        row_factor: (n,), what the error's rows are still to be multiplied by; None for 1.
+        row_factor: (n,), what the error's rows are still to be multiplied by.
         statistics: of its n tokens.
     """
 
     positions: slice
     rows: Tensor | slice
     error: Tensor
-    row_factor: Tensor | None
+    row_factor: Tensor
     statistics: TokenStatistics
 
 
@@ -280,18 +280,16 @@ class _Gradients:
 
     def add(self, tile: _Tile, gate: Tensor | None) -> None:
         """Multiply a tile's error into the buffers."""
-        row_scale = tile.statistics.log_p.new_full((), self.head.transform.scale)
-        if tile.row_factor is not None:
-            row_scale = tile.row_factor * row_scale
+        row_scale = tile.row_factor * self.head.transform.scale
         error, rows = tile.error, tile.rows
         kept = None if gate is None else self._rows_that_earn(tile, gate)
         if kept is not None and gate is not None:
             error, gate = error[kept], gate[kept]
             rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
-            row_scale = row_scale if row_scale.dim() == 0 else row_scale[kept]
+            row_scale = row_scale[kept]
         if self.hidden is not None:
             product = error.to(self.product_weight.dtype) @ self.product_weight
-            product.mul_(row_scale if row_scale.dim() == 0 else row_scale.unsqueeze(1))
+            product.mul_(row_scale.unsqueeze(1))
             self.hidden[rows] = product.to(self.hidden.dtype)
         if gate is None:
             return
@@ -373,15 +371,13 @@ def _folded_tiles(
             if bias is not None:
                 logits.add_(bias)
             derivative = head.transform.apply_(logits)
-            if head.shard is None:
-                error, statistics = fold_logits_(logits, targets, head.request)
-                row_factor = None
-            else:
-                error, row_factor, statistics = fold_shard_(
-                    logits, targets, head.request, head.shard
-                )
+            error, row_factor, statistics = fold_logits_(logits, targets, head.request, head.shard)
             if form_error and derivative is not None:
                 error.mul_(derivative)
+            if form_error and head.product_dtype == torch.float16:
+                # Its largest number is smaller than the target's entry may be.
+                error.mul_(row_factor.unsqueeze(1))
+                row_factor = torch.ones_like(row_factor)
         yield _Tile(positions, rows, error, row_factor, statistics)
 
 

@@ -76,7 +76,7 @@ class _TokenLossOfLogits(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.valid = valid
         tiles = [
-            fold_logits_(tile, targets, request)[1] for _, tile, targets in _tiles(logits, valid)
+            fold_logits_(tile, targets, request)[2] for _, tile, targets in _tiles(logits, valid)
         ]
         statistics = concatenate(tiles)
         gate = objective.gate(statistics)
@@ -92,12 +92,13 @@ class _TokenLossOfLogits(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         logits, gate = ctx.saved_tensors
-        row_scale = (gate * upstream).unsqueeze(1)
+        token_weight = gate * upstream
         gradient = torch.zeros_like(logits)
         start = 0
         for rows, tile, targets in _tiles(logits, ctx.valid):
-            error = fold_logits_(tile, targets, StatisticsRequest())[0]
-            gradient[rows] = error.mul_(row_scale[start : start + targets.numel()]).to(logits.dtype)
+            error, row_factor, _ = fold_logits_(tile, targets, StatisticsRequest())
+            row_factor = row_factor * token_weight[start : start + targets.numel()]
+            gradient[rows] = error.mul_(row_factor.unsqueeze(1)).to(logits.dtype)
             start += targets.numel()
         return gradient, None, None, None
 
