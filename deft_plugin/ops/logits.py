@@ -96,7 +96,7 @@ class _TokenLossOfLogits(torch.autograd.Function):
         gradient = torch.zeros_like(logits)
         start = 0
         for rows, tile, targets in _tiles(logits, ctx.valid):
-            error, row_factor, _ = fold_logits_(tile, targets, StatisticsRequest())
+            error, row_factor = fold_logits_(tile, targets, StatisticsRequest())[:2]
             row_factor = row_factor * token_weight[start : start + targets.numel()]
             gradient[rows] = error.mul_(row_factor.unsqueeze(1)).to(logits.dtype)
             start += targets.numel()

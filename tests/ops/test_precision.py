@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from deft_plugin import linear_gated_loss
+
 from .cases import (
+    DEVICE,
     FUSED_PATHS,
     LINEAR_PATHS,
     OBJECTIVES,
     PATHS,
+    TILED_PATHS,
     formula,
     gated,
     gradients,
@@ -186,3 +190,23 @@ def test_mixed_dtypes_are_promoted(path: str) -> None:
     assert [gradient.dtype for gradient in actual] == [torch.bfloat16, torch.float32]
     assert relative_error(actual[0], wanted[0]) < 1e-2
     assert relative_error(actual[1], wanted[1]) < 1e-6
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("gap", [0.0, 30.0])
+def test_float16_errors_stay_in_range_for_flat_and_for_peaked_rows(path: str, gap: float) -> None:
+    vocab_size = 200_000
+    hidden = torch.full((2, 1), gap, device=DEVICE, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(vocab_size, 1, device=DEVICE, dtype=torch.float16)
+    weight[5] = 1
+    targets = torch.tensor([5, 9], device=DEVICE)
+    loss = linear_gated_loss(hidden, weight.requires_grad_(), targets, "nll", path=path).loss
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+    p = torch.softmax(gap * weight.detach().double().squeeze(1), 0)[5].item()
+    # d nll / d hidden = sum_v p_v W_v - W_y, over a mean of two tokens.
+    expected = torch.tensor([[p - 1], [p]], dtype=torch.float64, device=DEVICE) / 2
+    assert torch.allclose(hidden.grad.double(), expected, rtol=2e-3, atol=1e-6)
