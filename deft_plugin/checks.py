@@ -23,12 +23,15 @@ _IGNORED = -100
 
 
 def check_weights(model: nn.Module) -> None:
-    """Raise `ValueError` where a weight of the model is NaN. What is quantised or partitioned away is not read."""
+    """Raise `ValueError` where a weight of the model is NaN.
+
+    What is quantised, sharded, partitioned away or on no device yet is not read.
+    """
     for name, parameter in model.named_parameters():
-        # Quantised weights are parameters of a class of their own, some with a floating dtype.
+        # Quantised weights are of a class of their own, some of them with a floating dtype, or 8 bits wide.
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             continue
-        if parameter.is_meta or not parameter.numel():
+        if parameter.element_size() < 2 or parameter.is_meta or not parameter.numel():
             continue
         # The smallest of numbers with a NaN among them is NaN, at the price of one read.
         if torch.aminmax(parameter.detach()).min.isnan():
@@ -110,8 +113,8 @@ def check_data(
         model: the causal LM.
         warn: whether this process is the one that writes to the log.
         given: what the trainer prepared it from row by row, to count those that it dropped.
-        max_length: what the trainer has cut rows to, or None.
-        end: the end-of-text token, or None.
+        max_length: what the trainer has cut rows to, leaving out those without a label then; or None.
+        end: the end-of-text token, to count rows that were cut before it; or None.
 
     Raises:
         ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary.
@@ -124,29 +127,31 @@ def check_data(
     if "labels" in dataset.column_names:
         sizes["labels"] = getattr(model.get_output_embeddings(), "out_features", vocab_size)
     counts = count_tokens(dataset, sizes, max_length, end)
-    for column, (rows, first, token) in counts.outside.items():
+    dropped = len(given) - counts.rows if isinstance(given, Dataset) and max_length else 0
+    if not counts.rows and dropped <= 0:
+        raise ValueError(f"{name} has no rows.")
+    if counts.outside:
+        column, (rows, first, token) = next(iter(counts.outside.items()))
         raise ValueError(
             f"{name}: {rows:,} of {counts.rows:,} rows have {column} outside the model's vocabulary "
             f"[0, {sizes[column]:,}), the first in row {first:,}: {token:,}. Load the tokenizer that belongs "
             "to the model, or call model.resize_token_embeddings(len(tokenizer))."
         )
-    cut_to = f"max_length={max_length}"
-    dropped = len(given) - counts.rows if isinstance(given, Dataset) else 0
+    within = "" if max_length is None else f" within max_length={max_length}"
     if counts.unscored == counts.rows:
-        reason = f" after rows were cut to {cut_to}" if dropped > 0 or counts.cut else ""
         raise ValueError(
-            f"{name}: none of its {counts.rows + max(dropped, 0):,} rows has a token to train on{reason}. "
+            f"{name}: none of its {counts.rows + max(dropped, 0):,} rows has a token to train on{within}. "
             "Check the labels, the prompt's part of each row and max_length."
         )
     if not warn:
         return
     if dropped > 0:
         logger.warning(
-            "%s: %s of %s rows are left out: cut to %s they have no token to train on.",
+            "%s: %s of %s rows are left out, having no token to train on%s.",
             name,
             f"{dropped:,}",
             f"{len(given):,}",
-            cut_to,
+            within,
         )
     if counts.unscored:
         logger.warning(
@@ -157,12 +162,12 @@ def check_data(
         )
     if counts.cut:
         logger.warning(
-            "%s: %s of %s rows fill %s and do not end with the end-of-text token: what came after was cut "
+            "%s: %s of %s rows fill max_length=%s and do not end with the end-of-text token: what came after was cut "
             "off, so they do not teach where an answer ends.",
             name,
             f"{counts.cut:,}",
             f"{counts.rows:,}",
-            cut_to,
+            max_length,
         )
 
 

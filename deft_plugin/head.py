@@ -177,10 +177,13 @@ class GatedHead:
         hidden_states = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
-            hidden_states, targets = hidden_states[:, :-1], labels[..., 1:]
+            # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
+            targets = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
         else:
             targets = shift_labels
         gated = self._score(model, hidden_states, targets, num_items_in_batch, ignore_index)
+        if shift_labels is None:
+            gated = without_last_position(gated)
         if self._observer is not None:
             self._observer(gated)
         loss, aux_loss = gated.loss, None
@@ -242,6 +245,17 @@ class GatedHead:
         if isinstance(layer, FSDPModule) or hasattr(layer, "ds_id"):
             return GatedLoss(**_called_as(layer, score, hidden_states))
         return GatedLoss(**score(hidden_states))
+
+
+def without_last_position(gated: GatedLoss) -> GatedLoss:
+    """Per-token tensors (batch, sequence - 1) of (batch, sequence), whose last position has no label."""
+    values = vars(gated).items()
+    return GatedLoss(
+        **{
+            name: value[:, :-1] if isinstance(value, Tensor) and value.dim() == 2 else value
+            for name, value in values
+        }
+    )
 
 
 @functools.cache

@@ -89,7 +89,7 @@ class StepMean(TrainerCallback):
         device = trainer.args.device
         model = trainer.model_wrapped
         model.train()
-        head, with_entropy = self.head, self.head.with_entropy
+        head, objective, with_entropy = self.head, self.head.objective, self.head.with_entropy
         head.objective, head.with_entropy = build_objective("nll"), False
         accelerators = [device] if device.type not in ("cpu", "mps") else []
         try:
@@ -102,7 +102,7 @@ class StepMean(TrainerCallback):
                 for batch in batches:
                     model(**trainer._prepare_inputs(batch))
         finally:
-            head.with_entropy = with_entropy
+            head.objective, head.with_entropy = objective, with_entropy
         return _mean(sum(totals, torch.zeros(2)), device)
 
 

@@ -25,6 +25,9 @@ class GatedTraining:
     Attributes:
         head: the gated head.
         step_mean: what gives the objective its mean over the optimizer step; None where it needs none.
+
+    Raises:
+        ValueError: a weight of the model is NaN.
     """
 
     def __init__(self, trainer: Any, head: GatedHead) -> None:
@@ -83,9 +86,7 @@ class GatedTraining:
         """Means over the logging window on all ranks, which ends here. Collective."""
         means = self._train.means(device)
         self._train.reset()
-        if self._writes_log:
-            for trouble in self._train.troubles:
-                logger.warning("Since the last log, %s.", trouble)
+        self._tell(self._train, "Since the last log")
         return means
 
     def start_evaluation(self) -> None:
@@ -94,7 +95,14 @@ class GatedTraining:
 
     def eval_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the evaluation on all ranks. Collective."""
-        return self._eval.means(device)
+        means = self._eval.means(device)
+        self._tell(self._eval, "In this evaluation")
+        return means
+
+    def _tell(self, metrics: TokenMetrics, when: str) -> None:
+        if self._writes_log:
+            for trouble in metrics.troubles:
+                logger.warning("%s, %s.", when, trouble)
 
 
 def own_rows(trainer: Any, labels: Tensor) -> int | None:

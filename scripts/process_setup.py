@@ -4,8 +4,9 @@ On a machine that has other work to do, OpenMP's spinning threads made the demo 
 the setting when torch is imported.
 
 What is kept from the console is what a reader cannot act on: a note on an optional kernel that bitsandbytes
-writes while it is imported (PEFT imports it), DeepSpeed's that it has found no GPU, notes of transformers to itself about arguments that will be
-renamed, and the bars of steps that take a second. Downloads from the hub keep theirs.
+writes while it is imported (PEFT imports it), DeepSpeed's warnings, of which the first is that there is no GPU,
+notes of transformers to itself about arguments that will be renamed, and the bars of steps that take a second.
+Downloads from the hub keep theirs.
 """
 
 import logging

@@ -194,11 +194,18 @@ def _checked(objective: str, field: str, value: Any, annotation: Any) -> Any:
             return float(value)
     expected = " or ".join(_describe(option) for option in options)
     hint = ""
-    if isinstance(value, str) and any(option in (int, float) for option in options):
+    if _is_number(value) and any(option in (int, float) for option in options):
         hint = " YAML reads 1e-3 as text: write 0.001 or 1.0e-3."
     raise ValueError(
         f"Objective {objective!r}: parameter {field!r} is {value!r}; it must be {expected}.{hint}"
     )
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _describe(annotation: Any) -> str:

@@ -137,8 +137,8 @@ class CayleyTrans(FocusObjective):
             packing and the number of ranks. "global": all valid tokens of the optimizer step on all
             ranks, exactly, for an extra forward pass over each step of more than one micro-batch.
             "ema": a running mean of that over the steps before, saved in checkpoints. "fixed":
-            `mean_probability`. "auto": "ema" in a trainer, which provides the mean (`at_mean`), and
-            "micro_batch" elsewhere, where one call is all that is known of the step.
+            `mean_probability`. "auto": "ema" in the TRL and Axolotl trainers, which provide the mean
+            (`at_mean`), and "micro_batch" elsewhere, where one call is all that is known of the step.
         mean_probability: in [0, 1]; the mean of p to use with scope "fixed", or that scope "ema" begins
             with (by default the first step's own).
         decay: weight of the past in the running mean of scope "ema", in [0, 1); by default 0.9.
@@ -165,13 +165,13 @@ class CayleyTrans(FocusObjective):
             self.require(
                 "mean_probability",
                 mean is None,
-                "left out unless scope is 'fixed' or 'ema', since it would not be used",
+                "left out unless you set scope to 'fixed' or 'ema', which use it",
             )
         if self.scope == "ema":
             self.require("decay", decay is None or 0 <= decay < 1, "in [0, 1)")
         else:
             self.require(
-                "decay", decay is None, "left out unless scope is 'ema', since it would not be used"
+                "decay", decay is None, "left out unless you set scope to 'ema', which uses it"
             )
 
     @property

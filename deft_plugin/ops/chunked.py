@@ -8,8 +8,8 @@ for a trainable head, one for the weight's:
     d hidden = gate * (error @ weight)            the gate may come after the whole batch
     d weight = error.T @ (gate * hidden)          the gate must come first
 
-Only for a trainable head under an objective whose gate depends on the whole batch is there a separate pass
-for the statistics, a fourth product. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
+Only where a gate depends on the whole batch and must come first, for a trainable head or for `skip_below`, is
+there a separate pass for the statistics, one product more. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
 (`triton_fold`); all else is the same.
 """
 

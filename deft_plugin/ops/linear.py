@@ -17,6 +17,7 @@ from .output import (
     ValidTargets,
     assemble,
     check_reduction,
+    described,
 )
 from .projection import LogitsTransform, product_dtype, project
 from .reference import reference_token_loss
@@ -75,8 +76,9 @@ def linear_gated_loss(
             of many tokens; tiles with fewer than one in eight of them are computed whole. Not for path
             "reference".
         shard: weight and bias are this rank's rows of an lm_head sharded over ranks (tensor parallelism), while
-            hidden and targets are the same on all of them. Collective, in the forward pass; loss and hidden's
-            gradient are those of the whole, on every rank. Runs on path "chunked", which "auto" then means.
+            hidden and targets are the same on all of them. Collective, in the forward pass and, where upstream
+            gradients differ between tokens, in the backward pass; loss and hidden's gradient are those of
+            the whole, on every rank. Runs on path "chunked", which "auto" then means.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
@@ -145,12 +147,6 @@ def linear_gated_loss(
     )
 
 
-def _described(targets: Any) -> str:
-    if isinstance(targets, Tensor):
-        return f"of shape {tuple(targets.shape)}"
-    return f"a {type(targets).__name__}"
-
-
 def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
@@ -172,7 +168,7 @@ def _check_shapes(
     if not isinstance(targets, Tensor) or targets.shape != hidden.shape[:-1]:
         raise ValueError(
             f"targets must have hidden's shape without its last dimension, "
-            f"{tuple(hidden.shape[:-1])}; they are {_described(targets)}."
+            f"{tuple(hidden.shape[:-1])}; they are {described(targets)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

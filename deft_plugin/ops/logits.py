@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics, build_objective
 from .chunked import default_tile_rows, refuse_second_derivative
-from .output import GatedLoss, Reduction, ValidTargets, assemble, check_reduction
+from .output import (
+    GatedLoss,
+    Reduction,
+    ValidTargets,
+    assemble,
+    check_reduction,
+    described,
+)
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
 
@@ -42,10 +49,15 @@ def gated_loss(
     """
     objective = build_objective(objective, parameters)
     check_reduction(reduction, num_items_in_batch)
-    if logits.dim() < 1 or not logits.is_floating_point() or targets.shape != logits.shape[:-1]:
+    if (
+        logits.dim() < 1
+        or not logits.is_floating_point()
+        or not isinstance(targets, Tensor)
+        or targets.shape != logits.shape[:-1]
+    ):
         raise ValueError(
-            f"logits must be floating (..., V) and targets their shape without V; they are "
-            f"{logits.dtype} {tuple(logits.shape)} and {tuple(targets.shape)}."
+            f"logits must be floating (..., V) and targets a tensor of their shape without V; they are "
+            f"{logits.dtype} {tuple(logits.shape)} and {described(targets)}."
         )
     valid = ValidTargets.check(targets, logits.size(-1), ignore_index)
     flat = logits.reshape(-1, logits.size(-1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -98,6 +98,13 @@ class ValidTargets:
             return values.view(self.mask.shape)
         flat = values.new_zeros(self.mask.numel())
         return flat.index_put((self.rows,), values).view(self.mask.shape)
+
+
+def described(targets: Any) -> str:
+    """What `targets` are, for a message."""
+    if isinstance(targets, Tensor):
+        return f"of shape {tuple(targets.shape)}"
+    return f"a {type(targets).__name__}"
 
 
 def assemble(

@@ -246,15 +246,15 @@ def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
         given: Any = arguments.get(name)
         many = isinstance(prepared, dict)
         for key in prepared if many else [None]:
-            cuts = not packs and trainer.args.truncation_mode == "keep_start"
+            cuts_ends = trainer.args.truncation_mode == "keep_start"
             check_data(
                 f"{name}[{key!r}]" if many else name,
                 prepared[key] if many else prepared,
                 causal_lm_of(trainer.model),
                 warn=trainer.is_world_process_zero(),
-                given=None if packs else given[key] if many else given,
-                max_length=trainer.args.max_length if cuts else None,
-                end=trainer.processing_class.eos_token_id,
+                given=given[key] if many else given,
+                max_length=None if packs else trainer.args.max_length,
+                end=trainer.processing_class.eos_token_id if cuts_ends else None,
             )
 
 

@@ -42,12 +42,12 @@ from deft_plugin import build_objective
         (
             "cayley_trans",
             {"mean_probability": 0.5},
-            ["'mean_probability'", "0.5", "'fixed'", "not be used"],
+            ["'mean_probability'", "0.5", "'fixed'", "unless you set scope"],
         ),
         (
             "cayley_trans",
             {"scope": "global", "mean_probability": 0.5},
-            ["'mean_probability'", "0.5", "'ema'", "not be used"],
+            ["'mean_probability'", "0.5", "'ema'", "unless you set scope"],
         ),
         (
             "cayley_trans",
@@ -55,7 +55,7 @@ from deft_plugin import build_objective
             ["'mean_probability'", "-1", "[0, 1]", "'ema'"],
         ),
         ("cayley_trans", {"scope": "ema", "decay": 1}, ["'decay'", "1", "[0, 1)"]),
-        ("cayley_trans", {"decay": 0.5}, ["'decay'", "0.5", "'ema'", "not be used"]),
+        ("cayley_trans", {"decay": 0.5}, ["'decay'", "0.5", "'ema'", "unless you set scope"]),
         ("cayley_trans", {"mean_probability": "half"}, ["'mean_probability'", "'half'", "None"]),
     ],
     ids=str,

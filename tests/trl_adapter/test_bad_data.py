@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from deft_plugin.checks import count_tokens
+from deft_plugin.checks import check_weights, count_tokens
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import make_rows
@@ -49,7 +49,7 @@ def test_no_label_in_any_row(tmp_path: Path) -> None:
 
 
 def test_answers_that_max_length_cuts_off_altogether(tmp_path: Path) -> None:
-    refused(tmp_path, pairs(), "none of its 4 rows .* after .* cut to max_length=3", max_length=3)
+    refused(tmp_path, pairs(), "none of its 4 rows .* within max_length=3", max_length=3)
 
 
 def test_rows_that_max_length_leaves_out_or_cuts_are_counted(tmp_path: Path, warnings: Any) -> None:
@@ -62,8 +62,24 @@ def test_rows_that_max_length_leaves_out_or_cuts_are_counted(tmp_path: Path, war
     assert len(trainer.train_dataset) == 3
     assert sum(length > 8 for length in lengths) == 3
     assert [w.split(":")[1].split("rows")[0].strip() for w in warnings()] == ["1 of 4", "2 of 3"]
-    assert "left out" in warnings()[0]
+    assert "left out, having no token to train on within max_length=8" in warnings()[0]
     assert "where an answer ends" in warnings()[1]
+
+
+def test_rows_cut_at_their_beginning_have_their_end(tmp_path: Path, warnings: Any) -> None:
+    make_trainer(config(tmp_path, max_length=3, truncation_mode="keep_end"), pairs())
+    assert warnings() == []
+
+
+def test_rows_that_never_had_a_label_are_left_out_without_blaming_their_length(
+    tmp_path: Path, warnings: Any
+) -> None:
+    rows = make_rows(4)
+    rows[1]["labels"] = [-100] * len(rows[1]["labels"])
+    make_trainer(config(tmp_path), rows)
+    assert warnings() == [
+        "train_dataset: 1 of 4 rows are left out, having no token to train on within max_length=1024."
+    ]
 
 
 def test_some_rows_without_labels_are_counted(tmp_path: Path, warnings: Any) -> None:
@@ -115,6 +131,12 @@ def test_nan_weights(tmp_path: Path) -> None:
     )
 
 
+def test_weights_of_eight_bits_are_not_read() -> None:
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight = torch.nn.Parameter(torch.ones(2, 2).to(torch.float8_e4m3fn), requires_grad=False)
+    check_weights(layer)
+
+
 def test_losses_that_become_nan_and_passes_without_labels_are_told(
     tmp_path: Path, warnings: Any
 ) -> None:
@@ -128,9 +150,12 @@ def test_losses_that_become_nan_and_passes_without_labels_are_told(
     before = len(warnings())
     trainer.train()
     scored = sum(label != -100 for row in rows for label in row["labels"][1:])
+    rows_with_labels = [rows[0], *rows[2:]]
+    trainer.evaluate(as_dataset(rows_with_labels))
     assert warnings()[before:] == [
         f"Since the last log, {scored} of {scored} scored tokens have no finite loss.",
         "Since the last log, 1 of 4 forward passes scored no token.",
+        f"In this evaluation, {scored} of {scored} scored tokens have no finite loss.",
     ]
 
 
