@@ -4,8 +4,8 @@
 
 Every step has 32 rows. Its gradient in all parameters, the sum over tokens divided by their number as the trainers form
 it, is taken from the whole step with its exact mean of p, and from micro-batches with the mean that the scope gives
-them. Shown is the norm of the difference over the norm, on average over the steps. The model does not change, so
-that "ema" differs by what steps differ in.
+them. Shown is the norm of the difference over the norm, on average over the steps ("ema" without the first, which has no
+step before it). The model does not change, so that "ema" differs by what steps differ in.
 """
 
 from __future__ import annotations

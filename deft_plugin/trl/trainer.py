@@ -29,6 +29,7 @@ from ..checks import check_data
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
 from ..ops import CoreSettings
+from ..ops.availability import chooses_triton
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, own_rows
 from .config import (
@@ -95,12 +96,13 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     @functools.wraps(original["__init__"])
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         arguments = signature.bind(self, *args, **kwargs).arguments
-        training_args = arguments.get("args")
+        training_args: Any = arguments.get("args")
         objective = objective_of(training_args)
         _remove_gated_head(arguments["model"])
         if objective is None:
             original["__init__"](self, *args, **kwargs)
             return
+        chooses_triton(core_settings_of(training_args).path, training_args.device)
         check_conflicts(arguments, objective.name, liger_is_whole=not HAS_FUSED_HEAD)
         with _stand_in(training_args), _without_trls_head():
             original["__init__"](self, *args, **kwargs)
@@ -310,7 +312,9 @@ class SFTTrainer(trl.SFTTrainer):
     Raises:
         ValueError: before data is prepared, for an unknown loss_type or parameter, label smoothing, a
             compute_loss_func, Liger's cross-entropy, an adapter on lm_head, a multi-modal model, context
-            or sequence parallelism.
+            or sequence parallelism, a path that cannot run; after it, for a model that cannot have a gated
+            head (see `deft_plugin.add_gated_head`) or has NaN weights, for data that cannot be trained on
+            (see `deft_plugin.checks.check_data`), and for several GPUs in one process.
     """
 
 

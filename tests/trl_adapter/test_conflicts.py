@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
+from deft_plugin.ops import availability
 from deft_plugin.trl import SFTTrainer
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -212,3 +213,13 @@ def test_arguments_have_their_loss_type_back_when_trl_refuses_something(tmp_path
     with pytest.raises(ValueError, match="train_dataset"):
         SFTTrainer(model=qwen3(), args=args, processing_class=tiny_tokenizer())
     assert args.loss_type == "deft"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton")
+def test_a_path_that_cannot_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    availability._obstacle.cache_clear()
+    try:
+        refuse(config(tmp_path, loss_kwargs={"path": "triton"}), "path='triton' cannot run.*'auto'")
+    finally:
+        availability._obstacle.cache_clear()
