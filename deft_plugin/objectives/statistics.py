@@ -46,6 +46,16 @@ class TokenStatistics:
         """Probability of the target token, in [0, 1]."""
         return self.log_p.exp()
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """log_p, is_top1 and the optional ones, None for what was not computed; `of_tensors` takes them back."""
+        # Read past the guard below.
+        return tuple(self.__dict__[name] for name in ("log_p", "is_top1", *OPTIONAL_STATISTICS))
+
+    @classmethod
+    def of_tensors(cls, vocab_size: int, *tensors: Any) -> TokenStatistics:
+        """Statistics from what `tensors` gives."""
+        return cls(tensors[0], vocab_size, *tensors[1:])
+
     def clone(self) -> TokenStatistics:
         """A detached copy that shares no memory."""
         # Read past the guard below: a statistic that was not asked for stays None.

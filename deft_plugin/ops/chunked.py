@@ -136,7 +136,7 @@ def chunked_token_loss(
         hidden, weight, bias, head, wanted
     )
     vocab_size = weight.size(0) if head.shard is None else head.shard.vocab_size
-    return total, losses, TokenStatistics(values[0], vocab_size, *values[1:]), gate, skipped
+    return total, losses, TokenStatistics.of_tensors(vocab_size, *values), gate, skipped
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -176,10 +176,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         ctx.save_for_backward(gate, gradients.hidden, gradients.weight, gradients.bias, *inputs)
         ctx.head, ctx.wanted = head, wanted
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        values = [
-            statistics.__dict__[name]
-            for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
-        ]
+        values = statistics.tensors()
         skipped = gradients.skipped
         constants = [value for value in (gate, skipped, *values) if value is not None]
         ctx.mark_non_differentiable(*constants)

@@ -69,7 +69,7 @@ def gated_loss(
         valid,
         losses.sum(),
         losses,
-        TokenStatistics(values[0], logits.size(-1), *values[1:]),
+        TokenStatistics.of_tensors(logits.size(-1), *values),
         gate,
         with_entropy=with_entropy,
         reduction=reduction,
@@ -93,10 +93,7 @@ class _TokenLossOfLogits(torch.autograd.Function):
         statistics = concatenate(tiles)
         gate = objective.gate(statistics)
         ctx.save_for_backward(logits, gate)
-        values = [
-            statistics.__dict__[name]
-            for name in ("log_p", "is_top1", "collision", "entropy", "top_k_entropy")
-        ]
+        values = statistics.tensors()
         ctx.mark_non_differentiable(gate, *(value for value in values if value is not None))
         return objective.loss(statistics.log_p, statistics.clone()), gate, *values
 

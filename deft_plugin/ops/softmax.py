@@ -162,15 +162,6 @@ def _top_k_entropy(logits: Tensor, k: int, shard: VocabularyShard | None) -> Ten
 
 def concatenate(tiles: list[TokenStatistics]) -> TokenStatistics:
     """Statistics of all tiles, in order."""
-
-    def join(name: str) -> Tensor | None:
-        # Read past the guard against statistics that were not asked for: here None is an answer.
-        parts = [tile.__dict__[name] for tile in tiles]
-        return None if parts[0] is None else torch.cat(parts)
-
-    log_p = torch.cat([tile.log_p for tile in tiles])
-    return TokenStatistics(
-        log_p=log_p,
-        vocab_size=tiles[0].vocab_size,
-        **{name: join(name) for name in ("is_top1", "collision", "entropy", "top_k_entropy")},
-    )
+    parts = zip(*(tile.tensors() for tile in tiles), strict=True)
+    joined = [None if part[0] is None else torch.cat(part) for part in parts]
+    return TokenStatistics.of_tensors(tiles[0].vocab_size, *joined)
