@@ -12,13 +12,13 @@ def main() -> None:
         from .trl.sft import main as sft
 
         sft(arguments)
-    elif command == "objectives":
+    elif command == "objectives" and not arguments:
         _list_objectives()
     elif command == "doctor":
         from .doctor import main as doctor
 
         doctor(arguments)
-    elif command in ("-h", "--help", "help"):
+    elif command in ("-h", "--help", "help", "objectives"):
         print(
             "usage: deft sft [flags and YAML of `trl sft`, with --loss_type deft]\n"
             "       deft objectives\n"

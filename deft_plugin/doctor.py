@@ -13,8 +13,11 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
+import json
 import logging
+import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,7 +94,7 @@ def _check_versions() -> Iterator[Finding]:
         version = _version(requirement.name)
         if version is None and extra:
             yield Finding(
-                "note", f"{requirement.name} is not installed: pip install deft_plugin[{extra}]"
+                "note", f"{requirement.name} is not installed; it comes with the extra [{extra}]"
             )
         elif version is None or not requirement.specifier.contains(version, prereleases=True):
             wanted = f"{requirement.name}{requirement.specifier}"
@@ -184,6 +187,9 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
 
         from .axolotl.args import DEFTSettings
 
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # For `deft.module`: `axolotl train` finds modules in the working directory too.
+        sys.path.insert(0, os.getcwd())
     cfg = DictDefault(dict(values))
     manager = PluginManager.get_instance()
     manager.plugins.clear()
@@ -207,6 +213,7 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
     errors = [
         f"Axolotl ignores the key {key!r}, which it does not know" for key in ignored_keys(values)
     ]
+    errors += _deepspeed_problems(values.get("deepspeed"))
     try:
         manager.plugins[AXOLOTL_PLUGIN].pre_model_load(valid)
     except ValueError as error:
@@ -216,6 +223,19 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
         return
     _, parameters = DEFTSettings(**(valid.deft or {})).split()
     yield Finding("ok", f"trains with {build_objective(valid.deft_objective, parameters)!r}")
+
+
+def _deepspeed_problems(config: Any) -> list[str]:
+    """What keeps Axolotl's `deepspeed`, a file or its content, from being used."""
+    if not config:
+        return []
+    problems = [] if _installed("deepspeed") else ["deepspeed is set, and it is not installed here"]
+    if isinstance(config, str) and not config.lstrip().startswith("{"):
+        try:
+            json.loads(Path(config).read_text())
+        except (OSError, ValueError) as error:
+            problems.append(f"deepspeed: {config} cannot be read: {error}")
+    return problems
 
 
 def ignored_keys(values: Mapping[str, Any]) -> list[str]:

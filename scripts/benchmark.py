@@ -298,7 +298,9 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value that is not among the choices."""
     if value not in choices:
-        raise typer.BadParameter(f"{option} {value!r} is not one of {', '.join(choices)}.")
+        raise typer.BadParameter(
+            f"{option} {value!r} is not one of: {', '.join(map(repr, choices))}."
+        )
 
 
 @app.command("loss")

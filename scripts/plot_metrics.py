@@ -87,7 +87,8 @@ def _columns(series: dict[int, float]) -> tuple[list[int], list[float]]:
 
 
 def main(
-    trainer_state: Path, output: Path | None = typer.Option(None, help="PNG to write.")
+    trainer_state: Path = typer.Argument(exists=True, dir_okay=False, help="trainer_state.json"),
+    output: Path | None = typer.Option(None, help="PNG to write."),
 ) -> None:
     """Plot a run's trainer_state.json."""
     state = json.loads(trainer_state.read_text())

@@ -6,7 +6,8 @@ except ImportError as error:
     # Axolotl only logs a plugin's ImportError and would go on to train with its own loss.
     raise RuntimeError(
         f"deft_plugin.axolotl cannot be imported ({error}). Install the versions it was tested with, "
-        'pip install "deft_plugin[axolotl,qlora]", and check them with: deft doctor'
+        'from a checkout pip install -c constraints/axolotl.txt -e ".[axolotl,qlora]", and check them '
+        "with: deft doctor"
     ) from error
 
 __all__ = ["DEFTPlugin"]

@@ -91,7 +91,7 @@ def linear_gated_loss(
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
     _check_shapes(hidden, weight, targets, bias, shard)
-    CoreSettings(path, tile_rows, skip_below)
+    CoreSettings(path, tile_rows, skip_below)  # Raises for what no call could have.
     if shard is not None:
         if path not in ("auto", "chunked"):
             raise ValueError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from deft_plugin import doctor
 from deft_plugin.doctor import Finding, check_yaml
 
 from .running import PLUGIN, configuration
@@ -55,3 +57,32 @@ def test_what_would_train_something_else_is_an_error(
     errors = [found.text for found in findings(tmp_path, keys) if found.level == "error"]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_deepspeed_needs_its_file_and_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [found.text for found in findings(tmp_path, {"deepspeed": "no_such_file.json"})]
+    assert any("deepspeed: no_such_file.json cannot be read" in text for text in texts)
+    monkeypatch.setattr(doctor, "_installed", lambda name: name != "deepspeed")
+    zero2 = str(Path(__file__).parents[2] / "deepspeed_configs/zero2.json")
+    (error,) = findings(tmp_path, {"deepspeed": zero2})
+    assert (error.level, "not installed" in error.text) == ("error", True)
+
+
+@pytest.mark.usefixtures("own_objectives")
+def test_a_module_in_the_working_directory_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "objective_of_the_folder.py").write_text(
+        "import deft_plugin\n"
+        "@deft_plugin.objective('of_the_folder')\n"
+        "def of_the_folder(log_p, statistics):\n"
+        "    return -log_p\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    keys = {"deft_objective": "of_the_folder", "deft": {"module": "objective_of_the_folder"}}
+    (finding,) = findings(tmp_path, keys)
+    assert finding.level == "ok"
+    del sys.modules["objective_of_the_folder"]
