@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import deft_plugin
 from deft_plugin import doctor
 
 from .anything import changed, values
@@ -50,6 +52,13 @@ AXOLOTL_KEYS = [
 unhurried = settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+
+
+@pytest.fixture(autouse=True)
+def _trl_is_left_as_it_was() -> Iterator[None]:
+    """The doctor registers the objectives with TRL's own classes."""
+    yield
+    deft_plugin.unregister()
 
 
 def check(path: Path, text: str) -> list[doctor.Finding]:

@@ -60,6 +60,7 @@ def test_the_statistics_of_a_sharded_vocabulary_do_not_grow_with_it() -> None:
 
 
 def test_what_is_grown_covers_both_heads_and_holds_the_rest(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `scripts`")
     for device, sizes in growth.SIZES.items():
         jobs = sizes.jobs(device, 3)
         for grown, field, other in (
