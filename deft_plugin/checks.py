@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -42,6 +43,17 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
+    """Raise `ValueError` where batches would be padded with a token that the model has no embedding for."""
+    token = getattr(tokenizer, "pad_token_id", None)
+    size = getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
+    if token is not None and token >= size:
+        raise ValueError(
+            f"The tokenizer pads with token {token:,}, outside the model's vocabulary [0, {size:,}). Load the "
+            "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
 @dataclass
 class TokenCounts:
     """What a data set of token ids holds.
@@ -52,12 +64,14 @@ class TokenCounts:
         cut: rows as long as `max_length` that do not end with the end-of-text token.
         outside: tokens that the model has no embedding for, and labels that it has no logit for, by column:
             number of rows, first row, first id.
+        unequal: rows with more or fewer labels than tokens: number, first row.
     """
 
     rows: int = 0
     unscored: int = 0
     cut: int = 0
     outside: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    unequal: tuple[int, int] = (0, -1)
 
 
 def count_tokens(
@@ -70,6 +84,9 @@ def count_tokens(
         sizes: number of ids that a column may hold, by column.
         max_length: what rows were cut to, or None.
         end: the end-of-text token, or None.
+
+    Raises:
+        ValueError: a column holds anything else than lists of integers.
     """
     counts = TokenCounts()
     for start, columns in _lists(dataset, list(sizes)):
@@ -84,6 +101,12 @@ def count_tokens(
                     first = start + int(per_row.argmax())
                     token = int(values[wrong.argmax()])
                 counts.outside[name] = (rows + int((per_row > 0).sum()), first, token)
+        lengths = [ends - starts for _, starts, ends in columns.values()]
+        unequal = lengths[0] != lengths[-1]
+        if unequal.any():
+            count, first = counts.unequal
+            first = first if count else start + int(unequal.argmax())
+            counts.unequal = (count + int(unequal.sum()), first)
         values, starts, ends = columns.get("labels", columns["input_ids"])
         counts.rows += len(starts)
         scored = _sums(values != _IGNORED, np.minimum(starts + 1, ends), ends)
@@ -117,17 +140,25 @@ def check_data(
         end: the end-of-text token, to count rows that were cut before it; or None.
 
     Raises:
-        ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary.
+        ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary; columns of
+            another type, or of unequal lengths.
     """
     if not isinstance(dataset, Dataset) or "input_ids" not in (dataset.column_names or []):
         return
+    if dataset.format["type"] == "custom":
+        return  # A transform, which makes other rows of those that are stored.
     # Attributes, since ZeRO-3 leaves no weight to measure.
     vocab_size = model.config.vocab_size
     sizes = {"input_ids": getattr(model.get_input_embeddings(), "num_embeddings", vocab_size)}
     if "labels" in dataset.column_names:
         sizes["labels"] = getattr(model.get_output_embeddings(), "out_features", vocab_size)
-    counts = count_tokens(dataset, sizes, max_length, end)
-    dropped = len(given) - counts.rows if isinstance(given, Dataset) and max_length else 0
+    try:
+        counts = count_tokens(dataset, sizes, max_length, end)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    dropped = 0
+    if isinstance(given, Dataset) and max_length is not None:
+        dropped = len(given) - counts.rows
     if not counts.rows and dropped <= 0:
         raise ValueError(f"{name} has no rows.")
     if counts.outside:
@@ -136,6 +167,12 @@ def check_data(
             f"{name}: {rows:,} of {counts.rows:,} rows have {column} outside the model's vocabulary "
             f"[0, {sizes[column]:,}), the first in row {first:,}: {token:,}. Load the tokenizer that belongs "
             "to the model, or call model.resize_token_embeddings(len(tokenizer))."
+        )
+    unequal, first = counts.unequal
+    if unequal:
+        raise ValueError(
+            f"{name}: {unequal:,} of {counts.rows:,} rows have more or fewer labels than input_ids, the first being "
+            f"row {first:,}."
         )
     within = "" if max_length is None else f" within max_length={max_length}"
     if counts.unscored == counts.rows:
@@ -174,15 +211,26 @@ def check_data(
 def _lists(
     dataset: Dataset, names: list[str]
 ) -> Iterator[tuple[int, dict[str, tuple[Integers, Integers, Integers]]]]:
-    """Row number of each batch, and its columns: all values, and where each row's begin and end."""
+    """Row number of each batch, and its columns: all values, and where each row's begin and end.
+
+    Raises:
+        ValueError: a column of anything else than lists of integers.
+    """
     start = 0
     for table in dataset.select_columns(names).with_format("arrow").iter(_BATCH_ROWS):
         columns = {}
         for name in names:
             column = table[name].combine_chunks()
-            lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False)
+            values = column.flatten()
+            if not pa.types.is_integer(values.type):
+                raise ValueError(f"{name} holds {column.type}, and lists of integers are needed.")
+            if column.null_count or values.null_count:
+                raise ValueError(
+                    f"{name} has nulls among rows {start:,} to {start + len(table) - 1:,}."
+                )
+            lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
             ends = np.cumsum(lengths, dtype=np.int64)
-            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+            values = values.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
             columns[name] = (values, ends - lengths, ends)
         yield start, columns
         start += len(table)

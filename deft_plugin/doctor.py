@@ -145,7 +145,7 @@ def check_yaml(path: Path) -> Iterator[Finding]:
 
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         yield Finding("error", f"cannot be read: {error}")
         return
     if not isinstance(values, dict):
@@ -272,7 +272,9 @@ def _check_trl(path: Path) -> Iterator[Finding]:
                 adapter = get_peft_config(model)
                 check_settings(arguments, adapter, objective.name, not HAS_FUSED_HEAD)
     except (Exception, SystemExit) as error:
-        yield Finding("error", errors.getvalue().strip() or str(error))
+        # The parser writes its usage first, and what is wrong in the last line.
+        lines = errors.getvalue().strip().splitlines() or [str(error)]
+        yield Finding("error", lines[-1])
         return
     if objective is None:
         yield Finding("error", f"loss_type={arguments.loss_type!r} is TRL's own loss")

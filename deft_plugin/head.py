@@ -225,6 +225,12 @@ class GatedHead:
 
         def score(hidden_states: Tensor) -> dict[str, Any]:
             check_lm_head(layer)
+            if isinstance(hidden_states, DTensor):
+                raise ValueError(
+                    "lm_head is tensor parallel and an FSDP module of its own, whose hooks do not go together "
+                    "with the gated head. Leave lm_head in the model's own FSDP module: do not call "
+                    "fully_shard on it."
+                )
             weight, bias, shard = _head_parameters(layer)
             gated = linear_gated_loss(
                 hidden_states.to(weight.device),
@@ -459,6 +465,12 @@ def check_against_own_forward(model: PreTrainedModel, transform: LogitsTransform
     weight = model.get_output_embeddings().weight
     if weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor):
         return  # Not loaded, or partitioned by ZeRO-3 or FSDP.
+    not_finite = int((~weight.detach().isfinite()).sum())
+    if not_finite:
+        raise ValueError(
+            f"{name}'s lm_head has {not_finite:,} NaN or infinite numbers of {weight.numel():,}: the checkpoint "
+            "is damaged or was saved after training diverged."
+        )
     try:
         with torch.no_grad():
             pairs = _own_and_expected(model, transform)
@@ -559,12 +571,7 @@ def _shard_of(weight: DTensor) -> VocabularyShard | None:
             "sharded over a mesh of one dimension, (Shard(dim=0),): shard lm_head by columns of its "
             'output ("colwise"), or leave it out of the plan.'
         )
-    vocab_size = weight.size(0)
-    # As torch.chunk deals them out.
-    rows = -(-vocab_size // mesh.size())
-    return VocabularyShard(
-        mesh.get_group(), min(rows * mesh.get_local_rank(), vocab_size), vocab_size
-    )
+    return VocabularyShard(mesh.get_group(), weight.size(0))
 
 
 def _called_as(layer: Any, function: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_weights
+from .checks import check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
@@ -27,7 +27,7 @@ class GatedTraining:
         step_mean: what gives the objective its mean over the optimizer step; None where it needs none.
 
     Raises:
-        ValueError: a weight of the model is NaN.
+        ValueError: a weight of the model is NaN; its tokenizer pads with a token that it does not have.
     """
 
     def __init__(self, trainer: Any, head: GatedHead) -> None:
@@ -35,7 +35,8 @@ class GatedTraining:
         self._writes_log = trainer.is_world_process_zero()
         if self._writes_log:
             # FSDP loads the weights on the first rank alone; the others may hold anything.
-            check_weights(head.model)
+            check_weights(trainer.model)
+        check_tokenizer(getattr(trainer, "processing_class", None), head.model)
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)

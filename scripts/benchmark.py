@@ -323,6 +323,8 @@ def loss_command(
     check_choice("--device", device, ("auto", "cuda", "cpu"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--inputs", inputs, (*INPUTS, "both"))

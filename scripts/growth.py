@@ -13,6 +13,7 @@ take turns. Tables, growth.csv and growth.png.
 from __future__ import annotations
 
 import csv
+import math
 import os
 import socket
 import statistics
@@ -117,10 +118,9 @@ def measure_shard(rank: int, ranks: int, port: int, job: Job, queue: Any) -> Non
     assert group is not None
 
     def part(job: Job, seed: int) -> tuple[VocabularyShard, Tensor, Tensor, Tensor]:
-        rows = -(-job.vocab // ranks)
         hidden, weight, targets = make_inputs(job, job.tokens, seed)
-        shard = VocabularyShard(group, min(rank * rows, job.vocab), job.vocab)
-        return shard, hidden, weight[shard.first : shard.first + rows].clone(), targets
+        shard = VocabularyShard(group, job.vocab)
+        return shard, hidden, weight[shard.first :][: shard.size].clone(), targets
 
     def run(shard: VocabularyShard, hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -265,6 +265,8 @@ def measure_command(
     check_choice("--device", device, ("auto", "cuda", "cpu"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
     rows = measured(SIZES[device].jobs(device, repetitions))
     for grown in ("tokens", "vocabulary", "ranks"):
         for frozen in (False, True):
@@ -330,18 +332,33 @@ class Plan:
         return 2 * (2 * self.parameters + self.trained) * self.tokens * self.micro_batches
 
 
+def positive(value: float | None) -> float | None:
+    """Refuse what no step could have."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} must be a finite number > 0.")
+    return value
+
+
 @app.command("plan")
 def plan_command(
-    parameters: Annotated[float, typer.Option(help="Of the whole model.")] = 8.03e9,
-    trained: Annotated[float | None, typer.Option(help="Parameters that train; all.")] = None,
+    parameters: Annotated[
+        float, typer.Option(help="Of the whole model.", callback=positive)
+    ] = 8.03e9,
+    trained: Annotated[
+        float | None, typer.Option(help="Parameters that train; all.", callback=positive)
+    ] = None,
     layers: Annotated[int, typer.Option(min=1)] = 32,
     hidden: Annotated[int, typer.Option(min=1)] = 4096,
     vocab: Annotated[int, typer.Option(min=1)] = 128256,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Of a rank's micro-batch.")] = 8192,
     micro_batches: Annotated[int, typer.Option(min=1, help="Per rank and step.")] = 1,
-    bandwidth: Annotated[float, typer.Option(help="GB/s that a rank can send.")] = 50.0,
-    rate: Annotated[float, typer.Option(help="TFLOP/s that a rank attains.")] = 400.0,
+    bandwidth: Annotated[
+        float, typer.Option(help="GB/s that a rank can send.", callback=positive)
+    ] = 50.0,
+    rate: Annotated[
+        float, typer.Option(help="TFLOP/s that a rank attains.", callback=positive)
+    ] = 400.0,
 ) -> None:
     """What a step sends, how long that takes, and how that compares with its arithmetic."""
     plan = Plan(

@@ -83,7 +83,7 @@ def linear_gated_loss(
     Raises:
         ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
             parameter, path or reduction; path "triton" where it cannot run; a shard on another path than
-            "chunked".
+            "chunked", or one of another size than the weight.
 
     Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
     """
@@ -169,6 +169,11 @@ def _check_shapes(
         raise ValueError(
             f"targets must have hidden's shape without its last dimension, "
             f"{tuple(hidden.shape[:-1])}; they are {described(targets)}."
+        )
+    if shard is not None and weight.size(0) != shard.size:
+        raise ValueError(
+            f"weight has {weight.size(0)} rows, and this rank's part of a vocabulary of {shard.vocab_size} is "
+            f"{shard.size}, from {shard.first} on, as torch.chunk deals it out."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

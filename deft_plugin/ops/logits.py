@@ -51,12 +51,13 @@ def gated_loss(
     check_reduction(reduction, num_items_in_batch)
     if (
         logits.dim() < 1
+        or not logits.size(-1)
         or not logits.is_floating_point()
         or not isinstance(targets, Tensor)
         or targets.shape != logits.shape[:-1]
     ):
         raise ValueError(
-            f"logits must be floating (..., V) and targets a tensor of their shape without V; they are "
+            f"logits must be floating (..., V), V at least 1, and targets a tensor of their shape without V; they are "
             f"{logits.dtype} {tuple(logits.shape)} and {described(targets)}."
         )
     valid = ValidTargets.check(targets, logits.size(-1), ignore_index)

@@ -17,22 +17,32 @@ from torch import Tensor, distributed
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """Which part of the vocabulary this rank has.
+    """Which part of the vocabulary this rank has, dealt out as `torch.chunk` and DTensor do.
+
+    Every rank has ceil(V / ranks) tokens, the last ones fewer or none.
 
     Args:
         group: the ranks that have all of it together.
-        first: the token of this rank's first row.
         vocab_size: number of tokens of all ranks, V.
     """
 
     group: distributed.ProcessGroup
-    first: int
     vocab_size: int
 
     @property
     def largest_size(self) -> int:
-        """Most rows that a rank has."""
+        """Most tokens that a rank has."""
         return -(-self.vocab_size // distributed.get_world_size(self.group))
+
+    @property
+    def first(self) -> int:
+        """The token of this rank's first row."""
+        return min(self.largest_size * distributed.get_rank(self.group), self.vocab_size)
+
+    @property
+    def size(self) -> int:
+        """Number of this rank's tokens."""
+        return min(self.largest_size, self.vocab_size - self.first)
 
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in place. Collective."""

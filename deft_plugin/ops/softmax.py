@@ -80,7 +80,8 @@ def fold_logits_(
     statistics = TokenStatistics(
         log_p=torch.where(missed < 0.5, torch.log1p(-missed), relative_logit - total.log()),
         vocab_size=logits.size(1) if shard is None else shard.vocab_size,
-        is_top1=target_logit >= largest_logit,
+        # Without the maximum's NaN, which a reduction may have lost.
+        is_top1=(target_logit >= largest_logit) & ~total.isnan(),
         collision=parts.pop(0) / total.square() if request.collision else None,
         # Two terms >= 0, so that nothing cancels.
         entropy=total.log() + parts.pop(0) / total if request.entropy else None,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
@@ -28,19 +29,18 @@ STATISTICS = ("log_p", "gate", "focus", "entropy", "is_top1", "token_loss")
 
 def shard_of(case: Case) -> tuple[Case, VocabularyShard]:
     """This rank's rows of the case, as torch deals them out, as leaves of their own."""
-    vocab_size = case.weight.size(0)
-    rows = -(-vocab_size // distributed.get_world_size())
-    first = min(rows * distributed.get_rank(), vocab_size)
+    shard = VocabularyShard(distributed.group.WORLD, case.weight.size(0))
 
     def own(tensor: Tensor) -> Tensor:
-        return tensor.detach()[first : first + rows].requires_grad_(tensor.requires_grad)
+        rows = slice(shard.first, shard.first + shard.size)
+        return tensor.detach()[rows].requires_grad_(tensor.requires_grad)
 
     part = dataclasses.replace(
         case.to(case.hidden.dtype),
         weight=own(case.weight),
         bias=None if case.bias is None else own(case.bias),
     )
-    return part, VocabularyShard(distributed.group.WORLD, first, vocab_size)
+    return part, shard
 
 
 def compare(
@@ -129,26 +129,31 @@ def test_edges_are_those_of_the_whole(world_size: int, tmp_path: Path) -> None:
 
 
 def test_nan_in_one_part_is_seen_by_all(tmp_path: Path) -> None:
-    def on(rank: int) -> list[bool]:
+    def on(rank: int) -> list[list[bool]]:
         case = random_case(3, 8, identity=True, trainable=["hidden"])
         hidden = case.hidden.detach().clone()
         hidden[1, 5] = torch.nan
         part, shard = shard_of(dataclasses.replace(case, hidden=hidden.requires_grad_()))
         result = gated("chunked", part, shard=shard)
-        return result.token_loss.isnan().tolist()
+        return [result.token_loss.isnan().tolist(), result.is_top1[1:2].tolist()]
 
     for rank in run_ranks(on, tmp_path):
         # The projection spreads a NaN over its row and no other.
-        assert rank == [False, True, False]
+        assert rank == [[False, True, False], [False]]
 
 
 def test_targets_are_checked_against_the_whole_vocabulary(tmp_path: Path) -> None:
     def on(rank: int) -> None:
-        shard = VocabularyShard(distributed.group.WORLD, 4 * rank, 8)
+        shard = VocabularyShard(distributed.group.WORLD, 8)
         hidden, weight = torch.randn(2, 3), torch.randn(4, 3)
         linear_gated_loss(hidden, weight, torch.tensor([0, 7]), shard=shard)
         with pytest.raises(ValueError, match=r"outside the vocabulary \[0, 8\)"):
             linear_gated_loss(hidden, weight, torch.tensor([0, 8]), shard=shard)
+        for rows in (3, 5):
+            with pytest.raises(
+                ValueError, match=rf"weight has {rows} rows, and .* is 4, from {4 * rank}"
+            ):
+                linear_gated_loss(hidden, torch.randn(rows, 3), torch.tensor([0, 7]), shard=shard)
         for path in ("triton", "reference"):
             with pytest.raises(
                 ValueError, match=f"path='{path}' cannot run on a sharded vocabulary"
@@ -209,6 +214,14 @@ def test_torchs_own_colwise_lm_head_and_other_placements(tmp_path: Path) -> None
         actual, expected = gradients_of(model), gradients_of(reference)
         assert actual.keys() == expected.keys()
         assert largest_error(list(actual.values()), list(expected.values())) < 1e-5
+
+        nested = tiny_model("llama")
+        both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(nested.lm_head, both["tp"], ColwiseParallel())
+        add_gated_head(nested)
+        fully_shard(nested.lm_head, mesh=both["dp"])
+        with pytest.raises(ValueError, match="do not call fully_shard"):
+            nested(**batch)
 
         weight = distribute_tensor(reference.lm_head.weight.detach(), mesh, [Shard(1)])
         model.lm_head.weight = nn.Parameter(weight)

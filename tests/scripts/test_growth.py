@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 growth = pytest.importorskip("growth", reason="needs the extra `scripts`")
 benchmark = pytest.importorskip("benchmark", reason="needs the extra `scripts`")
@@ -82,3 +83,17 @@ def test_what_is_grown_covers_both_heads_and_holds_the_rest(tmp_path: Path) -> N
     growth.plot(rows, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert growth.growth_table(rows, "ranks", frozen=True).row_count == 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--rate", "0"], ["--bandwidth", "-3"], ["--parameters", "nan"], ["--ranks", "0"]]
+)
+def test_a_plan_of_what_no_step_could_have_is_refused(arguments: list[str]) -> None:
+    result = CliRunner().invoke(growth.app, ["plan", *arguments])
+    assert result.exit_code == 2
+
+
+def test_a_plan_is_printed() -> None:
+    result = CliRunner().invoke(growth.app, ["plan", "--ranks", "16"])
+    assert result.exit_code == 0
+    assert "gated lm_head" in result.output

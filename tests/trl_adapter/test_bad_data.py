@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -18,12 +19,16 @@ from tests.updates import make_rows
 PAIRS = [("1 + 1 =", " 2"), ("12 * 3 =", " 36, of course"), ("So?", " No"), ("Why?", " 42 is why")]
 
 
+UNPREPARED = {"skip_prepare_dataset": True}
+
+
 def pairs(*chosen: tuple[str, str]) -> Dataset:
     return Dataset.from_list([{"prompt": p, "completion": c} for p, c in chosen or PAIRS])
 
 
 def refused(tmp_path: Path, dataset: Any, message: str, **options: Any) -> None:
-    settings = {name: options.pop(name) for name in ("max_length", "packing") if name in options}
+    names = ("max_length", "packing", "dataset_kwargs")
+    settings = {name: options.pop(name) for name in names if name in options}
     with pytest.raises(ValueError, match=message):
         make_trainer(config(tmp_path, **settings), dataset, **options)
 
@@ -129,6 +134,53 @@ def test_nan_weights(tmp_path: Path) -> None:
     refused(
         tmp_path, make_rows(4), r"model\.layers\.1\.mlp\.up_proj\.weight has 2 NaN of", model=model
     )
+
+
+def test_nan_in_the_lm_head_and_in_prompt_tuning(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    model.lm_head.weight.data[3, 5] = torch.nan
+    refused(tmp_path, make_rows(4), "lm_head has 1 NaN or infinite numbers", model=model)
+    tuned = get_peft_model(
+        tiny_model("qwen3"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    with torch.no_grad():
+        tuned.prompt_encoder.default.embedding.weight[0, 0] = torch.nan
+    refused(tmp_path, make_rows(4), "prompt_encoder.*has 1 NaN", model=tuned)
+
+
+def test_padding_outside_the_vocabulary(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new{index}>" for index in range(60)])
+    tokenizer.pad_token = "<new59>"
+    refused(tmp_path, make_rows(4), "pads with token", processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"input_ids": [[1.5, 2.0]]},
+            "train_dataset: input_ids holds list<.*double>, and lists of int",
+        ),
+        ({"input_ids": [[[1], [2]]]}, "train_dataset: input_ids holds list<.*list<"),
+        ({"input_ids": [[1, None]]}, "train_dataset: input_ids has nulls among rows 0 to 0"),
+        ({"input_ids": [[1, 2], None]}, "train_dataset: input_ids has nulls"),
+        ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]}, "1 of 2 rows have .* row 1"),
+    ],
+    ids=str,
+)
+def test_columns_of_another_kind(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    refused(tmp_path, Dataset.from_dict(columns), message, dataset_kwargs=UNPREPARED)
+
+
+def test_a_transform_is_not_looked_behind(tmp_path: Path) -> None:
+    stored = Dataset.from_dict({"input_ids": [[500, 600, 7]] * 4})
+    served = stored.with_transform(lambda rows: {"input_ids": [[5, 6, 7]] * len(rows["input_ids"])})
+    make_trainer(config(tmp_path, dataset_kwargs=UNPREPARED), served).train()
+
+
+def test_a_stream_without_rows(tmp_path: Path) -> None:
+    refused(tmp_path, IterableDataset.from_generator(lambda: iter([])), "a stream, has no rows")
 
 
 def test_weights_of_eight_bits_are_not_read() -> None:
