@@ -241,19 +241,24 @@ def results_table(job: Job, results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    """The rows, whose keys may differ, in a folder that is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_files(results: dict[Job, dict[str, dict[str, Any]]], output: Path) -> None:
     """The results as benchmark.csv and benchmark.png in `output`."""
-    output.mkdir(parents=True, exist_ok=True)
     rows = [
         {**asdict(job), "contestant": name, **result}
         for job, contestants in results.items()
         for name, result in contestants.items()
     ]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with (output / "benchmark.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output / "benchmark.csv")
     plot(results, output / "benchmark.png")
 
 
@@ -303,6 +308,16 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         )
 
 
+def resolve_device(device: str) -> str:
+    """What --device means here: "cuda" or "cpu"."""
+    check_choice("--device", device, ("auto", "cuda", "cpu"))
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
+    return device
+
+
 @app.command("loss")
 def loss_command(
     shape: Annotated[
@@ -320,11 +335,7 @@ def loss_command(
     ),
 ) -> None:
     """Measure the losses: a table for every shape with a trainable and with a frozen head."""
-    check_choice("--device", device, ("auto", "cuda", "cpu"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
+    device = resolve_device(device)
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     check_choice("--dtype", dtype, DTYPES)
     check_choice("--inputs", inputs, (*INPUTS, "both"))
@@ -365,9 +376,7 @@ def step_command(
     """A QLoRA step through TRL's SFTTrainer: deft and cayley_trans against TRL's own nll."""
     from training_step import LOSS_TYPES, SHAPES
 
-    check_choice("--device", device, ("auto", "cuda", "cpu"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     shape = SHAPES[device]
     table = Table(title=f"QLoRA step: {shape.title}")
     for column in ("loss_type", "tokens/s", "ratio", "peak memory", "ratio"):
@@ -395,11 +404,7 @@ def step_command(
             f"{row['peak_mib'] / rows[0]['peak_mib']:.3f}",
         )
     console.print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "step.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output / "step.csv")
 
 
 @app.command("worker", hidden=True)

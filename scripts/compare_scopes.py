@@ -22,7 +22,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tasks import FINE_TUNING_TASKS, IGNORED, PRETRAINING_TASKS, make_mixture
+from tasks import (
+    FINE_TUNING_TASKS,
+    IGNORED,
+    PRETRAINING_TASKS,
+    labelled_answers,
+    make_mixture,
+)
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,26 +47,8 @@ def make_steps(model: str, steps: int, seed: int) -> list[dict[str, Tensor]]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tasks = PRETRAINING_TASKS | FINE_TUNING_TASKS
     mixture, _ = make_mixture(tasks, -(-steps * ROWS // len(tasks)), 0, seed)
-    batches = []
-    for start in range(0, steps * ROWS, ROWS):
-        rows = mixture[start : start + ROWS]
-        inputs = tokenizer.apply_chat_template(
-            [p + c for p, c in zip(rows["prompt"], rows["completion"], strict=True)],
-            padding=True,
-            return_tensors="pt",
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        is_answer = torch.as_tensor(inputs["assistant_masks"]).bool()
-        labels = inputs["input_ids"].masked_fill(~is_answer, IGNORED)
-        batches.append(
-            {
-                "input_ids": inputs["input_ids"],
-                "attention_mask": inputs["attention_mask"],
-                "labels": labels,
-            }
-        )
-    return batches
+    starts = range(0, steps * ROWS, ROWS)
+    return [dict(labelled_answers(tokenizer, mixture[i : i + ROWS])) for i in starts]
 
 
 def step_gradient(

@@ -12,7 +12,6 @@ take turns. Tables, growth.csv and growth.png.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import socket
@@ -27,12 +26,13 @@ import typer
 from benchmark import (
     FORMULA,
     Job,
-    check_choice,
     console,
     gradients,
     make_inputs,
     peak_extra_mib,
+    resolve_device,
     run_workers,
+    write_csv,
 )
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing
@@ -43,6 +43,8 @@ from deft_plugin.ops.shard import VocabularyShard
 
 CONTESTANTS = (FORMULA, "deft_plugin deft")
 RANKS = (1, 2, 4)
+# What grows, and the column of its size.
+GROWN = {"tokens": "tokens", "vocabulary": "vocab", "ranks": "ranks"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -198,7 +200,7 @@ def growth_table(rows: list[dict[str, Any]], grown: str, frozen: bool) -> Table:
     for column in (grown, "loss", "fwd + bwd", "peak extra", "reduced"):
         table.add_column(column, justify="left" if column == "loss" else "right")
     for row in chosen:
-        size = row[{"tokens": "tokens", "vocabulary": "vocab", "ranks": "ranks"}[grown]]
+        size = row[GROWN[grown]]
         if "absent" in row:
             table.add_row(f"{size:,}", row["contestant"], f"not measured: {row['absent']}", "", "")
             continue
@@ -220,9 +222,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {"tokens": "tokens", "vocabulary": "vocab", "ranks": "ranks"}
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for column, (grown, field) in enumerate(names.items()):
+    for column, (grown, field) in enumerate(GROWN.items()):
         for value, label, axis in (
             ("seconds", "seconds", axes[0][column]),
             ("extra_mib", "peak extra memory, MiB", axes[1][column]),
@@ -262,21 +263,12 @@ def measure_command(
     ),
 ) -> None:
     """Measure how the loss grows."""
-    check_choice("--device", device, ("auto", "cuda", "cpu"))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
+    device = resolve_device(device)
     rows = measured(SIZES[device].jobs(device, repetitions))
-    for grown in ("tokens", "vocabulary", "ranks"):
+    for grown in GROWN:
         for frozen in (False, True):
             console.print(growth_table(rows, grown, frozen))
-    output.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with (output / "growth.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, output / "growth.csv")
     plot(rows, output / "growth.png")
     console.print(f"Also in {output}: growth.csv, growth.png")
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that no loss is computed for
 
@@ -197,20 +197,28 @@ def greedy_answers(
     return tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
 
 
-def _answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, list[Any]]
-) -> tuple[float, int]:
-    """Summed nll of the reference answers' tokens in nats, and the number of those tokens."""
-    conversations = [p + c for p, c in zip(batch["prompt"], batch["completion"], strict=True)]
+def labelled_answers(
+    tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, list[Any]]
+) -> BatchEncoding:
+    """The rows' conversations, padded: input_ids, attention_mask and labels, those of the answers alone."""
     inputs = tokenizer.apply_chat_template(
-        conversations,
+        [p + c for p, c in zip(batch["prompt"], batch["completion"], strict=True)],
         padding=True,
         return_tensors="pt",
         return_dict=True,
         return_assistant_tokens_mask=True,
-    ).to(model.device)
-    is_answer = torch.as_tensor(inputs.pop("assistant_masks"), device=model.device).bool()
-    labels = inputs["input_ids"].masked_fill(~is_answer, IGNORED)[:, 1:]
+    )
+    is_answer = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+    inputs["labels"] = inputs["input_ids"].masked_fill(~is_answer, IGNORED)
+    return inputs
+
+
+def _answer_nll(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: Mapping[str, list[Any]]
+) -> tuple[float, int]:
+    """Summed nll of the reference answers' tokens in nats, and the number of those tokens."""
+    inputs = labelled_answers(tokenizer, batch).to(model.device)
+    labels = inputs.pop("labels")[:, 1:]
     logits = model(**inputs).logits[:, :-1].float()
     total = functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
