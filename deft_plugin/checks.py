@@ -21,6 +21,10 @@ logger = logging.getLogger("deft_plugin")
 Integers = npt.NDArray[np.int64]
 _BATCH_ROWS = 1000
 _IGNORED = -100
+_REMEDY = (
+    "Load the tokenizer that belongs to the model, or call "
+    "model.resize_token_embeddings(len(tokenizer))."
+)
 
 
 def check_weights(model: nn.Module) -> None:
@@ -46,12 +50,21 @@ def check_weights(model: nn.Module) -> None:
 def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
     """Raise `ValueError` where batches would be padded with a token that the model has no embedding for."""
     token = getattr(tokenizer, "pad_token_id", None)
-    size = getattr(model.get_input_embeddings(), "num_embeddings", model.config.vocab_size)
+    size = _vocabulary_sizes(model)["input_ids"]
     if token is not None and token >= size:
         raise ValueError(
-            f"The tokenizer pads with token {token:,}, outside the model's vocabulary [0, {size:,}). Load the "
-            "tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer))."
+            f"The tokenizer pads with token {token:,}, outside the model's vocabulary [0, {size:,}). {_REMEDY}"
         )
+
+
+def _vocabulary_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Number of ids that the model has an embedding for and a logit for, by the column that holds them."""
+    # Attributes, since ZeRO-3 leaves no weight to measure.
+    default = model.config.vocab_size
+    return {
+        "input_ids": getattr(model.get_input_embeddings(), "num_embeddings", default),
+        "labels": getattr(model.get_output_embeddings(), "out_features", default),
+    }
 
 
 @dataclass
@@ -147,11 +160,11 @@ def check_data(
         return
     if dataset.format["type"] == "custom":
         return  # A transform, which makes other rows of those that are stored.
-    # Attributes, since ZeRO-3 leaves no weight to measure.
-    vocab_size = model.config.vocab_size
-    sizes = {"input_ids": getattr(model.get_input_embeddings(), "num_embeddings", vocab_size)}
-    if "labels" in dataset.column_names:
-        sizes["labels"] = getattr(model.get_output_embeddings(), "out_features", vocab_size)
+    sizes = {
+        column: size
+        for column, size in _vocabulary_sizes(model).items()
+        if column in dataset.column_names
+    }
     try:
         counts = count_tokens(dataset, sizes, max_length, end)
     except ValueError as error:
@@ -165,8 +178,7 @@ def check_data(
         column, (rows, first, token) = next(iter(counts.outside.items()))
         raise ValueError(
             f"{name}: {rows:,} of {counts.rows:,} rows have {column} outside the model's vocabulary "
-            f"[0, {sizes[column]:,}), the first in row {first:,}: {token:,}. Load the tokenizer that belongs "
-            "to the model, or call model.resize_token_embeddings(len(tokenizer))."
+            f"[0, {sizes[column]:,}), the first in row {first:,}: {token:,}. {_REMEDY}"
         )
     unequal, first = counts.unequal
     if unequal:

@@ -15,9 +15,9 @@ from .ops import gated_loss
 class LogitsLoss:
     """An objective as `Trainer(compute_loss_func=LogitsLoss("deft"))`.
 
-    Takes the model's outputs with logits (batch, sequence, V), named or first, and labels (batch, sequence), shifts the
-    labels by one, and divides by `num_items_in_batch`, so that gradients do not depend on how a step is
-    split into micro-batches. The logits are the memory's largest tensor: `add_gated_head` avoids them.
+    Takes the model's outputs with logits (batch, sequence, V), named or first, and labels (batch, sequence),
+    shifts the labels by one, and divides by `num_items_in_batch`, so that gradients do not depend on how a
+    step is split into micro-batches. The logits are the memory's largest tensor: `add_gated_head` avoids them.
 
     Args:
         objective: a registered name or an `Objective`.

@@ -27,3 +27,12 @@ def own_objectives() -> Iterator[None]:
     yield
     registry._OBJECTIVES.clear()
     registry._OBJECTIVES.update(built_in)
+
+
+@pytest.fixture
+def trl_as_it_was() -> Iterator[None]:
+    """TRL's own classes are not extended after a test; the doctor registers the objectives with them."""
+    import deft_plugin
+
+    yield
+    deft_plugin.unregister()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,9 @@ import pytest
 import torch
 import yaml
 
-import deft_plugin
 from deft_plugin import cli, doctor
 
-
-@pytest.fixture(autouse=True)
-def _trl_is_left_as_it_was() -> Iterator[None]:
-    yield
-    deft_plugin.unregister()
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
 
 def run(

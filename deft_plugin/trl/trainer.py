@@ -102,14 +102,15 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         if objective is None:
             original["__init__"](self, *args, **kwargs)
             return
-        chooses_triton(core_settings_of(training_args).path, training_args.device)
+        settings = core_settings_of(training_args)
+        chooses_triton(settings.path, training_args.device)
         check_conflicts(arguments, objective.name, liger_is_whole=not HAS_FUSED_HEAD)
         with _stand_in(training_args), _without_trls_head():
             try:
                 original["__init__"](self, *args, **kwargs)
             except StopIteration:
                 raise ValueError("train_dataset or eval_dataset, a stream, has no rows.") from None
-        self._gating = _install(self, objective, core_settings_of(training_args))
+        self._gating = _install(self, objective, settings)
         _check_data(self, arguments)
 
     @functools.wraps(original["train"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import deft_plugin
 from deft_plugin import doctor
 
 from .anything import changed, values
@@ -54,11 +52,7 @@ unhurried = settings(
 )
 
 
-@pytest.fixture(autouse=True)
-def _trl_is_left_as_it_was() -> Iterator[None]:
-    """The doctor registers the objectives with TRL's own classes."""
-    yield
-    deft_plugin.unregister()
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
 
 def check(path: Path, text: str) -> list[doctor.Finding]:
