@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,17 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from .lm_head import Projection, check_is_linear, check_lm_head, innermost, project_with
 from .objectives import Objective, build_objective
 from .ops import CoreSettings, GatedLoss, linear_gated_loss
-from .ops.projection import LogitsTransform, project
-from .ops.shard import VocabularyShard
+from .own_forward import OwnForward, UnknownForwardError, ordinary_tokens
+from .quantization import cpu_weights_left_unpacked
+from .substitution import in_evaluation
+
+logger = logging.getLogger("deft_plugin")
 
 _ATTRIBUTE = "_deft_gated_head"
 
@@ -62,6 +65,14 @@ class GatedCausalLMOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "logits":
+            raise AttributeError(
+                "A gated forward builds no logits. Call the model without labels for them, or take the head off: "
+                "deft_plugin.gated_head_of(model).remove()."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
 
 class GatedHead:
     """The gated head of one model. Made by `add_gated_head`.
@@ -86,14 +97,16 @@ class GatedHead:
         self.with_entropy = with_entropy
         self.settings = settings
         self.output_class = output_class
-        self.transform = logits_transform(model)
+        self.own_forward = OwnForward()
         self._observer: Callable[[GatedLoss], None] | None = None
+        self._warns_outside_trainer = False
         self._own_class: Any = type(model)
         # What install() takes off the instance, so that remove() leaves no trace.
         self._own_attributes: dict[str, Any] = {}
+        self._rebound: list[nn.Module] = []
 
-    def install(self) -> None:
-        """Replace the model's forward."""
+    def install(self, outermost: nn.Module | None = None) -> None:
+        """Replace the model's forward, also where `outermost`, a wrapper around it, keeps a reference to it."""
         attributes = self.model.__dict__
         for name in ("forward", "accepts_loss_kwargs"):
             if name in attributes:
@@ -102,6 +115,13 @@ class GatedHead:
         # transformers.Trainer then passes num_items_in_batch, whatever the model's own forward takes.
         self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
+        # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
+        for wrapper in (outermost, getattr(outermost, "base_model", None)):
+            kept = getattr(wrapper, "__dict__", {}).get("forward")
+            if wrapper is not self.model and getattr(kept, "__self__", None) is self.model:
+                assert isinstance(wrapper, nn.Module)
+                wrapper.forward = self.model.forward
+                self._rebound.append(wrapper)
 
     def remove(self) -> None:
         """Give the model its own forward back.
@@ -123,15 +143,51 @@ class GatedHead:
         for name in ("forward", "accepts_loss_kwargs", _ATTRIBUTE):
             self.model.__dict__.pop(name, None)
         self.model.__dict__.update(self._own_attributes)
+        for wrapper in self._rebound:
+            wrapper.forward = self.model.forward
 
     @contextmanager
     def observed_by(self, observer: Callable[[GatedLoss], None]) -> Iterator[None]:
-        """Call `observer` with the `GatedLoss` of every gated forward in this context."""
+        """Call `observer` with the `GatedLoss` of every gated forward in this context.
+
+        After it, a gated forward outside any such context warns once that its loss is the objective's.
+        """
         previous, self._observer = self._observer, observer
         try:
             yield
         finally:
             self._observer = previous
+            self._warns_outside_trainer = self.objective.name != "nll"
+
+    def compare_with_own_forward(self) -> None:
+        """Run the model on four tokens and compare what its own forward does with what the head takes it for.
+
+        Where parameters are not here (on meta, partitioned by ZeRO-3, sharded), or the forward wants more than
+        tokens, the first gated forward does the same with its own batch.
+
+        Raises:
+            ValueError: its logits or losses are not the head's; a NaN in its lm_head.
+        """
+        model = self.model
+        parameters = list(model.parameters())
+        if any(p.is_meta or not p.numel() or isinstance(p, DTensor) for p in parameters):
+            return
+        _check_finite(model)
+        ids = ordinary_tokens(model)
+        try:
+            with (
+                torch.no_grad(),
+                in_evaluation(model),
+                torch.random.fork_rng(
+                    {p.device for p in parameters if p.device.type not in ("cpu", "mps")}
+                ),
+                cpu_weights_left_unpacked(model),
+            ):
+                self._gated_forward(model, input_ids=ids, labels=ids)
+        except Exception as error:
+            if isinstance(error, UnknownForwardError) or self.own_forward.called_lm_head():
+                raise
+            logger.debug("%s wants more than tokens: %s", type(model).__name__, error)
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of `model`: gated where labels are given, its own otherwise.
@@ -151,8 +207,19 @@ class GatedHead:
         arguments = dict(**positional, **kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             return own_forward(*args, **kwargs)
+        if self._observer is None and self._warns_outside_trainer:
+            self._warns_outside_trainer = False
+            logger.warning(
+                "This model has a gated head, and its loss is that of %r, no negative log-likelihood: exp(loss) is "
+                "no perplexity, and there are no logits. For the model's own loss and logits call "
+                "deft_plugin.gated_head_of(model).remove(); without labels it is the model's own already.",
+                self.objective,
+            )
         return self._gated_forward(model, **arguments)
 
+    # Its stand-ins change the model for as long as it runs, which torch.compile cannot trace; it compiles
+    # the model's own forward inside.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _gated_forward(
         self,
         model: PreTrainedModel,
@@ -170,87 +237,103 @@ class GatedHead:
                 f"logits_to_keep={logits_to_keep!r} together with labels is not supported by the gated "
                 "head, which builds no logits: leave it out, or call the model without labels."
             )
-        if getattr(model.config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
         kwargs.update(use_cache=False, return_dict=True)
-        backbone = model.base_model(**kwargs)
-        hidden_states = backbone.last_hidden_state
         if shift_labels is None:
             assert labels is not None
             # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
             targets = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
         else:
             targets = shift_labels
-        gated = self._score(model, hidden_states, targets, num_items_in_batch, ignore_index)
-        if shift_labels is None:
-            gated = without_last_position(gated)
+
+        def score(layer: Any, hidden_states: Tensor, compare: bool) -> GatedLoss:
+            if hidden_states.shape[:-1] != targets.shape:
+                raise UnknownForwardError(
+                    model,
+                    f"gives its lm_head hidden states of shape {tuple(hidden_states.shape)}, where the labels are "
+                    f"{tuple(targets.shape)}",
+                )
+            gated = self._score(
+                layer, hidden_states, targets, num_items_in_batch, ignore_index, compare
+            )
+            return (
+                gated
+                if labels is None or shift_labels is not None
+                else without_last_position(gated)
+            )
+
+        output, loss, gated = self.own_forward.run(
+            model,
+            functools.partial(self._own_class.forward, model),
+            kwargs,
+            targets if labels is None else labels,
+            score,
+        )
         if self._observer is not None:
             self._observer(gated)
-        loss, aux_loss = gated.loss, None
-        if kwargs.get("output_router_logits"):
-            aux_loss = auxiliary_loss(
-                self._own_class, model, backbone.router_logits, kwargs.get("attention_mask")
-            )
-            if aux_loss is not None:
-                loss = loss + auxiliary_coefficient(model) * aux_loss.to(loss.device)
-        output = self.output_class(
-            loss=loss,
-            token_loss=gated.token_loss,
-            label_mask=gated.mask,
-            log_p=gated.log_p,
-            gate=gated.gate,
-            focus=gated.focus,
-            entropy=gated.entropy,
-            is_top1=gated.is_top1,
-            aux_loss=aux_loss,
-            hidden_states=getattr(backbone, "hidden_states", None),
-            attentions=getattr(backbone, "attentions", None),
-        )
+        result = self._output(loss, gated, output)
         if return_dict is None:
             return_dict = getattr(model.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
+        return result if return_dict else result.to_tuple()
+
+    def _output(self, loss: Tensor, gated: GatedLoss, own: Any) -> GatedCausalLMOutput:
+        per_token = {
+            "token_loss": gated.token_loss,
+            "label_mask": gated.mask,
+            "log_p": gated.log_p,
+            "gate": gated.gate,
+            "focus": gated.focus,
+            "entropy": gated.entropy,
+            "is_top1": gated.is_top1,
+        }
+        whole = {
+            "loss": loss,
+            "aux_loss": getattr(own, "aux_loss", None),
+            "hidden_states": getattr(own, "hidden_states", None),
+            "attentions": getattr(own, "attentions", None),
+        }
+        if torch.is_grad_enabled():
+            return self.output_class(**whole, **per_token)
+        # Attributes alone, no items: transformers.Trainer takes every item for a prediction.
+        output = self.output_class(**whole)
+        for name, value in per_token.items():
+            setattr(output, name, value)
+        return output
 
     # Works on tensors whose sizes depend on the labels' values, which torch.compile cannot trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _score(
         self,
-        model: PreTrainedModel,
+        layer: Any,
         hidden_states: Tensor,
         targets: Tensor,
         num_items_in_batch: int | Tensor | None,
         ignore_index: int,
+        compare: bool,
     ) -> GatedLoss:
-        # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
-        layer = model.get_output_embeddings()
+        own = self.own_forward
 
-        def score(hidden_states: Tensor) -> dict[str, Any]:
-            check_lm_head(layer)
-            if isinstance(hidden_states, DTensor):
-                raise ValueError(
-                    "lm_head is tensor parallel and an FSDP module of its own, whose hooks do not go together "
-                    "with the gated head. Leave lm_head in the model's own FSDP module: do not call "
-                    "fully_shard on it."
-                )
-            weight, bias, shard = _head_parameters(layer)
+        def score(projection: Projection) -> dict[str, Any]:
+            if compare:
+                check_is_linear(layer, hidden_states)
+            projection = projection.first_rows(own.vocab_size)
             gated = linear_gated_loss(
-                hidden_states.to(weight.device),
-                weight,
-                targets.to(weight.device),
+                projection.hidden_states,
+                projection.weight,
+                targets.to(projection.weight.device),
                 self.objective,
-                bias=bias,
-                logit_scale=self.transform.scale,
-                softcap=self.transform.softcap,
+                bias=projection.bias,
+                **({} if projection.low_rank is None else {"low_rank": projection.low_rank}),
+                logit_scale=own.transform.scale,
+                softcap=own.transform.softcap,
                 ignore_index=ignore_index,
                 num_items_in_batch=num_items_in_batch,
                 with_entropy=self.with_entropy,
-                shard=shard,
+                shard=projection.shard,
                 **asdict(self.settings),
             )
             return dict(vars(gated))
 
-        if isinstance(layer, FSDPModule) or hasattr(layer, "ds_id"):
-            return GatedLoss(**_called_as(layer, score, hidden_states))
-        return GatedLoss(**score(hidden_states))
+        return GatedLoss(**project_with(layer, hidden_states, score))
 
 
 def without_last_position(gated: GatedLoss) -> GatedLoss:
@@ -337,7 +420,7 @@ def add_gated_head(
     """
     objective = build_objective(objective, parameters)
     settings = CoreSettings(path, tile_rows, skip_below)
-    model = causal_lm_of(model)
+    outermost, model = model, causal_lm_of(model)
     check_model(model)
     present = getattr(model, _ATTRIBUTE, None)
     if present is not None:
@@ -346,8 +429,8 @@ def add_gated_head(
             "remove() it first."
         )
     head = GatedHead(model, objective, with_entropy, settings, output_class)
-    check_against_own_forward(model, head.transform)
-    head.install()
+    head.compare_with_own_forward()
+    head.install(outermost)
     return head
 
 
@@ -380,219 +463,20 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is not a decoder-only causal LM: its labels are not the next token. Use "
             "deft_plugin.gated_loss on its logits instead."
         )
-    if model.config.get_text_config() is not model.config:
-        raise ValueError(
-            f"{name} is multi-modal: the gated head supports text-only causal LMs. Load the language "
-            "model alone, or use TRL's own loss_type."
-        )
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(f"{name} has no lm_head: a causal LM is needed.")
     check_lm_head(layer)
 
 
-def check_lm_head(layer: Any) -> None:
-    """Raise `ValueError` where the lm_head is more or less than a linear layer with a floating weight."""
-    kind = type(layer).__name__
-    if hasattr(layer, "lora_A") or hasattr(layer, "base_layer"):
-        raise ValueError(
-            f"A PEFT adapter on lm_head ({kind}) is not supported: the head's weight is used directly, so "
-            "the adapter would not be trained. Remove lm_head from target_modules; to train the head, "
-            "put it into modules_to_save."
-        )
-    if not isinstance(layer, nn.Linear) and not hasattr(layer, "modules_to_save"):
-        raise ValueError(
-            f"The lm_head is a {kind}; the gated head needs a plain torch.nn.Linear (or one in PEFT's "
-            "modules_to_save)."
-        )
-    weight = layer.weight
-    # Quantised weights are parameters of a class of their own, some with a floating dtype.
-    if type(weight) not in (nn.Parameter, Tensor, DTensor) or not weight.is_floating_point():
-        raise ValueError(
-            f"The lm_head is quantised ({kind}, {type(weight).__name__} of {weight.dtype}). Keep it out of "
-            'quantisation: BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head"]).'
-        )
-
-
-def logits_transform(model: PreTrainedModel) -> LogitsTransform:
-    """What the model does to its logits, read off its configuration."""
-    config = model.config
-
-    def value(name: str) -> float | None:
-        number = getattr(config, name, None)
-        # MPT's logit_scale may be a word, which its forward ignores.
-        return float(number) if isinstance(number, int | float) else None
-
-    scale = 1.0
-    for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = value(multiplier)
-        if factor is not None:
-            scale = factor
-            break
-    else:
-        scaling = value("logits_scaling")
-        if scaling is not None:
-            scale = scaling if config.model_type == "hyperclovax" else 1 / scaling
-    return LogitsTransform(scale, value("final_logit_softcapping"))
-
-
-def auxiliary_loss(
-    own_class: type, model: PreTrainedModel, router_logits: Any, attention_mask: Tensor | None
-) -> Tensor | None:
-    """A mixture's load-balancing loss, scalar, by the function in the module of its class; None without one."""
-    function = getattr(sys.modules[own_class.__module__], "load_balancing_loss_func", None)
-    if function is None:
-        return None
-    loss: Tensor = function(
-        router_logits, model.num_experts, model.num_experts_per_tok, attention_mask
-    )
-    return loss
-
-
-def auxiliary_coefficient(model: PreTrainedModel) -> float:
-    """The factor on the auxiliary loss; TRL sets it in the configuration, which some models lack it in."""
-    coefficient: float | None = getattr(model.config, "router_aux_loss_coef", None)
-    return float(model.router_aux_loss_coef) if coefficient is None else coefficient
-
-
-def check_against_own_forward(model: PreTrainedModel, transform: LogitsTransform) -> None:
-    """Raise `ValueError` where the model's logits or losses are not what the head takes them for.
-
-    Compared on a random output that stands in for the backbone's.
-    """
-    name = type(model).__name__
-    advice = "Use deft_plugin.gated_loss on its logits instead."
-    weight = model.get_output_embeddings().weight
-    if weight.is_meta or weight.numel() == 0 or isinstance(weight, DTensor):
-        return  # Not loaded, or partitioned by ZeRO-3 or FSDP.
+def _check_finite(model: PreTrainedModel) -> None:
+    """Raise `ValueError` where the lm_head has numbers that are none."""
+    weight = innermost(model.get_output_embeddings()).weight
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return  # Quantised: whole numbers, with scales.
     not_finite = int((~weight.detach().isfinite()).sum())
     if not_finite:
         raise ValueError(
-            f"{name}'s lm_head has {not_finite:,} NaN or infinite numbers of {weight.numel():,}: the checkpoint "
-            "is damaged or was saved after training diverged."
+            f"{type(model).__name__}'s lm_head has {not_finite:,} NaN or infinite numbers of {weight.numel():,}: the "
+            "checkpoint is damaged or was saved after training diverged."
         )
-    try:
-        with torch.no_grad():
-            pairs = _own_and_expected(model, transform)
-    except Exception as error:
-        raise ValueError(
-            f"{name}: its forward does not have the form backbone, lm_head, logits that the gated head "
-            f"replaces ({type(error).__name__}: {error}). {advice}"
-        ) from error
-    for what, (own, expected) in pairs.items():
-        if own is None and expected is None:
-            continue
-        if own is None or expected is None:
-            wrong = f"the model has {'none' if own is None else 'one'}"
-        else:
-            difference = (own.float() - expected.float()).abs().max().item()
-            # Logits in bfloat16 are good to 1 %. The losses are of the same logits.
-            tolerance = 0.02 if what == "logits" else 0.001
-            if difference <= tolerance * max(own.abs().max().item(), 1e-6):
-                continue
-            wrong = f"it differs by {difference:.3g}, with {transform}"
-        raise ValueError(
-            f"{name}'s own forward gives another {what} than the gated head: {wrong}. {advice}"
-        )
-
-
-def _own_and_expected(
-    model: PreTrainedModel, transform: LogitsTransform
-) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-    layer: Any = model.get_output_embeddings()
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, 4, weight.size(1), generator=generator).to(weight)
-    # Logits of some tens, where a softcap bends them.
-    largest = functional.linear(hidden_states, weight).abs().max()
-    hidden_states.mul_(20 / largest.clamp(min=1e-6))
-    input_ids = torch.randint(weight.size(0), (1, 4), generator=generator).to(weight.device)
-    stand_in = _StandIn(last_hidden_state=hidden_states)
-    aux_loss = None
-    if getattr(model.config, "output_router_logits", False):
-        router_logits = torch.randn(4, getattr(model, "num_experts", 1), generator=generator)
-        stand_in["router_logits"] = (router_logits.to(weight.device),)
-        aux_loss = auxiliary_loss(type(model), model, stand_in.router_logits, None)
-    # The class's, since a trainer may have put a loss of its own on the instance.
-    own_forward = functools.partial(type(model).forward, model)
-    training = model.training
-    model.training = False  # Liger's forward gives logits in evaluation alone.
-    try:
-        with _forward_of(model.base_model, lambda *args, **kwargs: stand_in):
-            own = own_forward(input_ids=input_ids, use_cache=False, return_dict=True)
-            labelled = own_forward(input_ids=input_ids, labels=input_ids, use_cache=False)
-    finally:
-        model.training = training
-    loss = functional.cross_entropy(own.logits[0, :-1].float(), input_ids[0, 1:])
-    if aux_loss is not None:
-        loss = loss + model.router_aux_loss_coef * aux_loss
-    return {
-        "logits": (own.logits, project(hidden_states, weight, bias, transform)),
-        "auxiliary loss": (getattr(own, "aux_loss", None), aux_loss),
-        "loss": (labelled.loss, loss),
-    }
-
-
-@dataclass
-class _StandIn(ModelOutput):
-    """A backbone's output, with None for whatever else a forward reads off it."""
-
-    last_hidden_state: Tensor | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None
-
-
-def _head_parameters(layer: Any) -> tuple[Tensor, Tensor | None, VocabularyShard | None]:
-    """The lm_head's weight (V, H), its bias (V,) or None, and which part of them tensor parallelism left here."""
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    if weight.is_meta:
-        raise ValueError(
-            "The lm_head's weight is offloaded (device_map), and the gated head reads it directly: give "
-            "lm_head a device."
-        )
-    if not isinstance(weight, DTensor):
-        return weight, bias, None
-    shard = _shard_of(weight)
-    return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, shard
-
-
-def _shard_of(weight: DTensor) -> VocabularyShard | None:
-    """The rows of an lm_head's weight on this rank; None where every rank has all of them."""
-    mesh, placements = weight.device_mesh, weight.placements
-    if all(placement.is_replicate() for placement in placements):
-        return None
-    if mesh.ndim != 1 or type(placements[0]) is not Shard or placements[0].dim != 0:
-        raise ValueError(
-            f"The lm_head's weight is distributed as {placements} over {mesh}. The gated head supports rows "
-            "sharded over a mesh of one dimension, (Shard(dim=0),): shard lm_head by columns of its "
-            'output ("colwise"), or leave it out of the plan.'
-        )
-    return VocabularyShard(mesh.get_group(), weight.size(0))
-
-
-def _called_as(layer: Any, function: Callable[[Tensor], Any], hidden_states: Tensor) -> Any:
-    """`function(hidden_states)` as if it were the layer's forward, so that hooks on the layer run.
-
-    FSDP's gather the layer's parameters, and scatter and average their gradients; it finds the gradients by
-    the tensors in what is returned, a dict.
-    """
-    with _forward_of(layer, function):
-        return layer(hidden_states)
-
-
-@contextmanager
-def _forward_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Have `function` in place of the module's forward."""
-    present = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if present is None:
-            del module.forward
-        else:
-            module.forward = present

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -19,9 +21,7 @@ def keep_cpu_weights_unpacked(model: nn.Module) -> int:
         ValueError: a layer is packed already. bitsandbytes 0.50 cannot undo that: it leaves the scales of
             the weights transposed unless they are doubly quantised, and rounded to bfloat16 if they are.
     """
-    layers: list[Any] = [
-        module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
-    ]
+    layers = _packing_layers(model)
     for layer in layers:
         if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
@@ -31,3 +31,20 @@ def keep_cpu_weights_unpacked(model: nn.Module) -> int:
             )
         layer.support_avx512bf16_for_cpu = False
     return len(layers)
+
+
+@contextmanager
+def cpu_weights_left_unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep a forward pass without gradients from packing 4-bit weights on a CPU."""
+    layers = {layer: layer.support_avx512bf16_for_cpu for layer in _packing_layers(model)}
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    try:
+        yield
+    finally:
+        for layer, packs in layers.items():
+            layer.support_avx512bf16_for_cpu = packs
+
+
+def _packing_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]

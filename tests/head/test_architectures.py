@@ -120,8 +120,8 @@ def test_auxiliary_loss_is_kept_where_it_is_asked_for(architecture: str) -> None
 
     plain = model(**batch)
     asked = model(**batch, output_router_logits=True)
-    # The trainer's coefficient: TRL sets it in the configuration.
-    model.config.router_aux_loss_coef = 0.5
+    # Where the model's own forward reads it.
+    model.router_aux_loss_coef = 0.5
     raised = model(**batch, output_router_logits=True)
 
     assert plain.aux_loss is None
