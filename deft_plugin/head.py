@@ -99,7 +99,8 @@ class GatedHead:
         self.output_class = output_class
         self.own_forward = OwnForward()
         self._observer: Callable[[GatedLoss], None] | None = None
-        self._warns_outside_trainer = False
+        self._was_observed = False
+        self._has_warned = False
         self._own_class: Any = type(model)
         # What install() takes off the instance, so that remove() leaves no trace.
         self._own_attributes: dict[str, Any] = {}
@@ -117,9 +118,8 @@ class GatedHead:
         setattr(self.model, _ATTRIBUTE, self)
         # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
         for wrapper in (outermost, getattr(outermost, "base_model", None)):
-            kept = getattr(wrapper, "__dict__", {}).get("forward")
+            kept = vars(wrapper).get("forward") if isinstance(wrapper, nn.Module) else None
             if wrapper is not self.model and getattr(kept, "__self__", None) is self.model:
-                assert isinstance(wrapper, nn.Module)
                 wrapper.forward = self.model.forward
                 self._rebound.append(wrapper)
 
@@ -148,16 +148,13 @@ class GatedHead:
 
     @contextmanager
     def observed_by(self, observer: Callable[[GatedLoss], None]) -> Iterator[None]:
-        """Call `observer` with the `GatedLoss` of every gated forward in this context.
-
-        After it, a gated forward outside any such context warns once that its loss is the objective's.
-        """
+        """Call `observer` with the `GatedLoss` of every gated forward in this context."""
         previous, self._observer = self._observer, observer
         try:
             yield
         finally:
             self._observer = previous
-            self._warns_outside_trainer = self.objective.name != "nll"
+            self._was_observed = True
 
     def compare_with_own_forward(self) -> None:
         """Run the model on four tokens and compare what its own forward does with what the head takes it for.
@@ -207,15 +204,22 @@ class GatedHead:
         arguments = dict(**positional, **kwargs)
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             return own_forward(*args, **kwargs)
-        if self._observer is None and self._warns_outside_trainer:
-            self._warns_outside_trainer = False
+        self._warn_outside_trainer()
+        return self._gated_forward(model, **arguments)
+
+    def _warn_outside_trainer(self) -> None:
+        """Say once that a loss is no negative log-likelihood, where it could be taken for one."""
+        after_training = self._was_observed or not torch.is_grad_enabled()
+        if self._observer is not None or self._has_warned or not after_training:
+            return
+        self._has_warned = True
+        if self.objective.name != "nll":
             logger.warning(
-                "This model has a gated head, and its loss is that of %r, no negative log-likelihood: exp(loss) is "
-                "no perplexity, and there are no logits. For the model's own loss and logits call "
-                "deft_plugin.gated_head_of(model).remove(); without labels it is the model's own already.",
+                "This model has a gated head, and its loss is that of %r: exp(loss) is no perplexity, and what "
+                "transformers.Trainer takes for predictions are no logits but statistics of tokens. For the model's own "
+                "loss and logits: deft_plugin.gated_head_of(model).remove().",
                 self.objective,
             )
-        return self._gated_forward(model, **arguments)
 
     # Its stand-ins change the model for as long as it runs, which torch.compile cannot trace; it compiles
     # the model's own forward inside.
@@ -276,28 +280,19 @@ class GatedHead:
         return result if return_dict else result.to_tuple()
 
     def _output(self, loss: Tensor, gated: GatedLoss, own: Any) -> GatedCausalLMOutput:
-        per_token = {
-            "token_loss": gated.token_loss,
-            "label_mask": gated.mask,
-            "log_p": gated.log_p,
-            "gate": gated.gate,
-            "focus": gated.focus,
-            "entropy": gated.entropy,
-            "is_top1": gated.is_top1,
-        }
-        whole = {
-            "loss": loss,
-            "aux_loss": getattr(own, "aux_loss", None),
-            "hidden_states": getattr(own, "hidden_states", None),
-            "attentions": getattr(own, "attentions", None),
-        }
-        if torch.is_grad_enabled():
-            return self.output_class(**whole, **per_token)
-        # Attributes alone, no items: transformers.Trainer takes every item for a prediction.
-        output = self.output_class(**whole)
-        for name, value in per_token.items():
-            setattr(output, name, value)
-        return output
+        return self.output_class(
+            loss=loss,
+            token_loss=gated.token_loss,
+            label_mask=gated.mask,
+            log_p=gated.log_p,
+            gate=gated.gate,
+            focus=gated.focus,
+            entropy=gated.entropy,
+            is_top1=gated.is_top1,
+            aux_loss=getattr(own, "aux_loss", None),
+            hidden_states=getattr(own, "hidden_states", None),
+            attentions=getattr(own, "attentions", None),
+        )
 
     # Works on tensors whose sizes depend on the labels' values, which torch.compile cannot trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

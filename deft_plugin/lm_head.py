@@ -98,9 +98,9 @@ def lm_head_rows(layer: Any) -> int:
 
 def lm_head_device(layer: Any) -> torch.device:
     """Where the layer's logits come to be; the CPU for what is offloaded."""
-    parameter = next(innermost(layer).parameters(), None)
-    on_meta = parameter is None or parameter.is_meta
-    return torch.device("cpu") if on_meta else parameter.device
+    parameters = innermost(layer).parameters()
+    devices = (parameter.device for parameter in parameters if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))
 
 
 def project_with(
@@ -115,9 +115,8 @@ def project_with(
     Raises:
         ValueError: the layer is more than a linear one, is offloaded, or distributed in an unknown way.
     """
-    modules = [module for module in _modules_of(layer) if _gathers_in_hooks(module)]
 
-    def run(_: Tensor) -> dict[str, Any]:
+    def with_all(_: Tensor) -> dict[str, Any]:
         if isinstance(hidden_states, DTensor):
             raise ValueError(
                 "lm_head is tensor parallel and an FSDP module of its own, whose hooks do not go together "
@@ -126,8 +125,10 @@ def project_with(
             )
         return function(projection_of(layer, hidden_states))
 
-    for module in modules:
-        run = _called_as(module, run)
+    run: Callable[[Tensor], dict[str, Any]] = with_all
+    for module in _modules_of(layer):
+        if isinstance(module, FSDPModule) or hasattr(module, "ds_id"):
+            run = _called_as(module, run)
     return run(hidden_states)
 
 
@@ -221,10 +222,6 @@ def _modules_of(layer: Any) -> list[nn.Module]:
     elif hasattr(inner, "base_layer"):
         modules += [inner.base_layer, *getattr(inner, "lora_B", {}).values()]
     return list(dict.fromkeys(modules))
-
-
-def _gathers_in_hooks(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule) or hasattr(module, "ds_id")
 
 
 def _called_as(
@@ -329,17 +326,17 @@ def _dequantised(layer: Any) -> Tensor:
     Raises:
         ValueError: quantised in a way that is not known here.
     """
-    weight = getattr(layer, "weight", None)
+    weight: Any = getattr(layer, "weight", None)
     kind = type(weight).__name__
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        whole: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
+        whole: Tensor = dequantize_4bit(weight.data, weight.quant_state)
     elif kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB  # type: ignore[union-attr]
-        whole = int8_vectorwise_dequant(weight.data, scales)  # type: ignore[union-attr]
+        scales = weight.SCB if layer.state.SCB is None else layer.state.SCB
+        whole = int8_vectorwise_dequant(weight.data, scales)
     elif hasattr(layer, "W_q"):
         whole = layer.dequantize()
     elif hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
