@@ -116,7 +116,8 @@ def project_with(
         ValueError: the layer is more than a linear one, is offloaded, or distributed in an unknown way.
     """
 
-    def with_all(_: Tensor) -> dict[str, Any]:
+    # Of what the hooks pass on: ZeRO-3 lets go of parameters when its gradient is there.
+    def with_all(hidden_states: Tensor) -> dict[str, Any]:
         if isinstance(hidden_states, DTensor):
             raise ValueError(
                 "lm_head is tensor parallel and an FSDP module of its own, whose hooks do not go together "

@@ -196,6 +196,50 @@ def test_adapters_of_a_4_bit_model_are_those_of_one_process(tmp_path: Path) -> N
             torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-3, msg=name)
 
 
+UNLIKE_LLAMA = {
+    # A dense layer and a norm between backbone and lm_head; another softcap; another backbone.
+    "modernbert-decoder": {"global_attn_every_n_layers": 1, "local_attention": 8},
+    "recurrent_gemma": {
+        "lru_width": 32,
+        "attention_window_size": 8,
+        "block_types": ["recurrent", "attention"],
+        "logits_soft_cap": 5.0,
+    },
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "dropout": 0.0},
+}
+
+
+@pytest.mark.parametrize("architecture", UNLIKE_LLAMA)
+def test_zero3_trains_the_models_own_loss_whatever_its_forward_does(
+    architecture: str, tmp_path: Path
+) -> None:
+    """The weights are partitioned while they are loaded: no rank could look at them beforehand."""
+    model = tiny_model(architecture, initializer_range=0.2, **UNLIKE_LLAMA[architecture])
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    ids = torch.randint(5, 100, (4, 12), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+    with torch.no_grad():
+        own = model.eval()(input_ids=ids, labels=ids, use_cache=False).loss.item()
+
+    def first_nll() -> float:
+        from ..trl_adapter.running import config, make_trainer
+
+        options = {**distributed_options("zero3"), "gradient_checkpointing": False}
+        args = config(
+            tmp_path,
+            model_init_kwargs={"dtype": "float32", "device_map": None},
+            train_sampling_strategy="sequential",
+            **options,
+        )
+        trainer = make_trainer(args, rows, str(tmp_path / "model"))
+        trainer.train()
+        return trainer.state.log_history[0]["nll"]
+
+    for nll in on_two_ranks(first_nll, tmp_path):
+        assert nll == pytest.approx(own, rel=1e-4)
+
+
 def test_zero3_saves_the_whole_model_in_its_own_class(tmp_path: Path) -> None:
     save_models(tmp_path)
 
