@@ -71,7 +71,7 @@ def test_without_labels_the_output_is_the_models_own(architecture: str) -> None:
     assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False), own_text)
 
 
-class _LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes."""
 
     largest = 0
@@ -104,7 +104,7 @@ def test_logits_are_never_built(
     batch = make_batch(rows=8, length=32)
     scored = int((batch["labels"][:, 1:] != -100).sum())
 
-    with _LargestTensor() as recorder:
+    with LargestTensor() as recorder:
         model(**batch).loss.backward()
 
     # Something far larger than a tile of logits has been seen, or the recorder is blind.

@@ -98,19 +98,3 @@ def test_the_head_sits_on_the_base_model_and_comes_off_it() -> None:
     assert gated_head_of(model) is gated_head_of(model.get_base_model()) is head
     head.remove()
     assert gated_head_of(model) is None
-
-
-def test_an_adapter_on_lm_head_is_refused() -> None:
-    model = with_adapter(LoraConfig(task_type=TASK, target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(
-        ValueError, match=r"adapter on lm_head .* is not supported.*modules_to_save"
-    ):
-        add_gated_head(model)
-
-
-def test_an_adapter_put_on_lm_head_later_is_refused_in_the_forward(batch: Batch) -> None:
-    base = tiny_model("qwen2")
-    add_gated_head(base)
-    model = with_adapter(LoraConfig(task_type=TASK, target_modules=["lm_head"]), base)
-    with pytest.raises(ValueError, match=r"adapter on lm_head .* is not supported"):
-        model(**batch)
