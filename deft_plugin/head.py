@@ -117,7 +117,8 @@ class GatedHead:
         self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
         # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
-        for wrapper in (outermost, getattr(outermost, "base_model", None)):
+        wrappers: list[Any] = [outermost, getattr(outermost, "base_model", None)]
+        for wrapper in wrappers:
             kept = vars(wrapper).get("forward") if isinstance(wrapper, nn.Module) else None
             if wrapper is not self.model and getattr(kept, "__self__", None) is self.model:
                 wrapper.forward = self.model.forward
@@ -317,7 +318,7 @@ class GatedHead:
                 targets.to(projection.weight.device),
                 self.objective,
                 bias=projection.bias,
-                **({} if projection.low_rank is None else {"low_rank": projection.low_rank}),
+                low_rank=projection.low_rank,
                 logit_scale=own.transform.scale,
                 softcap=own.transform.softcap,
                 ignore_index=ignore_index,
