@@ -117,10 +117,10 @@ class GatedHead:
         self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
         # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
-        wrappers: list[Any] = [outermost, getattr(outermost, "base_model", None)]
-        for wrapper in wrappers:
-            kept = vars(wrapper).get("forward") if isinstance(wrapper, nn.Module) else None
-            if wrapper is not self.model and getattr(kept, "__self__", None) is self.model:
+        for wrapper in (outermost, getattr(outermost, "base_model", None)):
+            if not isinstance(wrapper, nn.Module) or wrapper is self.model:
+                continue
+            if getattr(vars(wrapper).get("forward"), "__self__", None) is self.model:
                 wrapper.forward = self.model.forward
                 self._rebound.append(wrapper)
 
