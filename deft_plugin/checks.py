@@ -1,4 +1,4 @@
-"""What is looked at once, before training: the model's weights and the tokens of the data sets, in counts."""
+"""What is looked at once: before training the model's weights and the tokens of the data sets, then the first batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 logger = logging.getLogger("deft_plugin")
@@ -47,9 +47,14 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer itself, out of a multi-modal model's processor."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def check_tokenizer(processing_class: Any, model: PreTrainedModel) -> None:
     """Raise `ValueError` where batches would be padded with a token that the model has no embedding for."""
-    token = getattr(tokenizer, "pad_token_id", None)
+    token = getattr(tokenizer_of(processing_class), "pad_token_id", None)
     size = _vocabulary_sizes(model)["input_ids"]
     if token is not None and token >= size:
         raise ValueError(
@@ -60,7 +65,7 @@ def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
 def _vocabulary_sizes(model: PreTrainedModel) -> dict[str, int]:
     """Number of ids that the model has an embedding for and a logit for, by the column that holds them."""
     # Attributes, since ZeRO-3 leaves no weight to measure.
-    default = model.config.vocab_size
+    default = model.config.get_text_config().vocab_size
     return {
         "input_ids": getattr(model.get_input_embeddings(), "num_embeddings", default),
         "labels": getattr(model.get_output_embeddings(), "out_features", default),
@@ -145,7 +150,8 @@ def check_data(
 
     Args:
         name: what to call it in messages.
-        dataset: prepared for training; only a `datasets.Dataset` with token ids is looked at.
+        dataset: prepared for training. Token ids of a `datasets.Dataset` are looked at; of what has none yet
+            `check_batch` sees the first batch.
         model: the causal LM.
         warn: whether this process is the one that writes to the log.
         given: what the trainer prepared it from row by row, to count those that it dropped.
@@ -218,6 +224,58 @@ def check_data(
             f"{counts.rows:,}",
             max_length,
         )
+
+
+def check_batch(name: str, batch: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a batch with ids that the model does not have, and warn of one that trains nothing.
+
+    This also sees what `check_data` cannot: rows that the collator makes (images), streams, transforms.
+
+    Args:
+        name: of the data set.
+        batch: what the model is given: `input_ids` and `labels` (batch, sequence), or `shift_labels`.
+        model: the causal LM.
+    """
+    labels = "labels" if batch.get("labels") is not None else "shift_labels"
+    sizes = _vocabulary_sizes(model)
+    for column, size, others in (
+        ("input_ids", sizes["input_ids"], _placeholders(model)),
+        (labels, sizes["labels"], [_IGNORED]),
+    ):
+        ids = batch.get(column)
+        if not isinstance(ids, Tensor):
+            continue
+        wrong = (ids < 0) | (ids >= size)
+        wrong &= torch.isin(ids, torch.tensor(others, device=ids.device), invert=True)
+        if wrong.any():
+            raise ValueError(
+                f"{name}: the first batch has {int(wrong.sum()):,} {column} outside the model's vocabulary "
+                f"[0, {size:,}), the first: {int(ids[wrong][0]):,}. {_REMEDY}"
+            )
+    targets = batch.get(labels)
+    if isinstance(targets, Tensor):
+        # The first token's label is never scored.
+        targets = targets[..., 1:] if labels == "labels" else targets
+        if not (targets != _IGNORED).any():
+            logger.warning(
+                "%s: the first batch has no token to train on. Check the labels, the prompt's part of each row and "
+                "max_length.",
+                name,
+            )
+
+
+def _placeholders(model: PreTrainedModel) -> list[int]:
+    """Ids in whose places a multi-modal model puts images and the like; some models have no embedding for them."""
+    config = model.config
+    if config.get_text_config() is config:
+        return []
+    return [
+        value
+        for name, value in vars(config).items()
+        if isinstance(value, int)
+        and name.endswith(("_token_id", "_token_index"))
+        and not name.startswith(("pad_", "bos_", "eos_"))
+    ]
 
 
 def _lists(

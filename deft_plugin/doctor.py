@@ -10,14 +10,18 @@ own loss. Here each of those is an error, and the exit status is 1.
 from __future__ import annotations
 
 import contextlib
+import copy
+import difflib
 import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 import logging
 import os
 import platform
 import sys
+import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +38,7 @@ from .ops.availability import chooses_triton
 AXOLOTL_PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
 # Extras of this package whose requirements are those of a trainer.
 TRAINER_EXTRAS = ("trl", "qlora", "axolotl", "deepspeed")
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst")
 
 
 @dataclass(frozen=True)
@@ -164,65 +169,107 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
     if not _installed("axolotl"):
         yield Finding("error", "is an Axolotl file, and axolotl is not installed here")
         return
-    plugins = values.get("plugins") or []
-    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
-        yield Finding("error", f"plugins: {plugins!r} is not a list of names")
+    problem = _no_configuration(values)
+    if problem:
+        yield Finding("error", problem)
         return
-    if not all(isinstance(key, str) for key in values):
-        strange = [key for key in values if not isinstance(key, str)]
-        yield Finding("error", f"has keys that are no text: {strange}")
-        return
-    if AXOLOTL_PLUGIN not in plugins:
-        yield Finding(
-            "error",
-            f"plugins: {plugins} lacks {AXOLOTL_PLUGIN}: Axolotl would train with its own loss, and "
-            "ignore deft_objective and deft",
-        )
-        return
-    with _quiet():
-        from axolotl.cli.config import gpu_capabilities
-        from axolotl.integrations.base import PluginManager, load_plugin
-        from axolotl.utils.config import validate_config
-        from axolotl.utils.dict import DictDefault
-
-        from .axolotl.args import DEFTSettings
-
     if "" not in sys.path and os.getcwd() not in sys.path:
         # For `deft.module`: `axolotl train` finds modules in the working directory too.
         sys.path.insert(0, os.getcwd())
-    cfg = DictDefault(dict(values))
-    manager = PluginManager.get_instance()
-    manager.plugins.clear()
-    for name in plugins:
-        try:
-            with _quiet():
-                manager.plugins[name] = load_plugin(name)
-                manager.plugins[name].register(cfg)
-        except Exception as error:
-            yield Finding("error", f"plugin {name} cannot be imported: {error}")
-            return
-    capabilities, env_capabilities = gpu_capabilities()
+    from pydantic import ValidationError
+
     try:
         with _quiet():
-            valid = validate_config(
-                cfg, capabilities=capabilities, env_capabilities=env_capabilities
-            )
+            cfg, changes = validate_as_axolotl(values)
+    except ValidationError as error:
+        yield from (Finding("error", text) for text in _messages(error))
+        return
     except Exception as error:
         yield Finding("error", str(error))
         return
-    errors = [
-        f"Axolotl ignores the key {key!r}, which it does not know" for key in ignored_keys(values)
+    yield from (Finding("note", change) for change in changes)
+    problems = [
+        *unknown_keys(values),
+        *_missing_files(values),
+        *_deepspeed_problems(values.get("deepspeed")),
     ]
-    errors += _deepspeed_problems(values.get("deepspeed"))
-    try:
+    yield from (Finding("error", text) for text in problems)
+    if not problems:
+        from .axolotl.args import DEFTSettings
+
+        _, parameters = DEFTSettings(**(cfg.deft or {})).split()
+        yield Finding("ok", f"trains with {build_objective(cfg.deft_objective, parameters)!r}")
+
+
+def _no_configuration(values: Mapping[str, Any]) -> str | None:
+    """Why Axolotl could not even load the plugins, or would train without this one."""
+    plugins = values.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        return f"plugins: {plugins!r} is not a list of names"
+    strange = [key for key in values if not isinstance(key, str)]
+    if strange:
+        return f"has keys that are no text: {strange}"
+    if AXOLOTL_PLUGIN not in plugins:
+        return (
+            f"plugins: {plugins} lacks {AXOLOTL_PLUGIN}: Axolotl would train with its own loss, and "
+            "ignore deft_objective and deft"
+        )
+    return None
+
+
+def validate_as_axolotl(
+    values: Mapping[str, Any], machine: Mapping[str, Any] | None = None
+) -> tuple[Any, list[str]]:
+    """A YAML's content after all that `axolotl train` does to it before it loads data and model.
+
+    Args:
+        values: the content.
+        machine: what Axolotl finds out about the GPU (`axolotl.cli.config.gpu_capabilities`), by default this
+            machine's.
+
+    Returns:
+        The configuration, and what this plugin has changed in it.
+
+    Raises:
+        Exception: what Axolotl or a plugin raises.
+    """
+    from axolotl.cli.config import gpu_capabilities
+    from axolotl.integrations.base import PluginManager, load_plugin
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    from .axolotl.adjustments import adjust
+    from .axolotl.args import is_listed
+
+    cfg = DictDefault(copy.deepcopy(dict(values)))
+    manager = PluginManager.get_instance()
+    manager.plugins.clear()
+    for name in values.get("plugins") or []:
+        try:
+            manager.plugins[name] = load_plugin(name)
+        except Exception as error:
+            raise ImportError(f"plugin {name} cannot be imported: {error}") from error
+    # The plugin's own register() does so too, and prints it.
+    changes = [*adjust(cfg)] if is_listed(cfg) else []
+    for plugin in manager.plugins.values():
+        plugin.register(cfg)
+    capabilities, environment = gpu_capabilities()
+    valid = validate_config(
+        cfg, capabilities=dict(machine or capabilities), env_capabilities=environment
+    )
+    if AXOLOTL_PLUGIN in manager.plugins:
         manager.plugins[AXOLOTL_PLUGIN].pre_model_load(valid)
-    except ValueError as error:
-        errors.append(str(error))
-    yield from (Finding("error", error) for error in errors)
-    if errors:
-        return
-    _, parameters = DEFTSettings(**(valid.deft or {})).split()
-    yield Finding("ok", f"trains with {build_objective(valid.deft_objective, parameters)!r}")
+    return valid, changes
+
+
+def _messages(error: Any) -> Iterator[str]:
+    """What is wrong, a line each, of a pydantic.ValidationError."""
+    for part in error.errors():
+        place = ".".join(map(str, part["loc"]))
+        for line in part["msg"].removeprefix("Value error, ").splitlines():
+            text = line.removeprefix("deft_plugin: ").strip()
+            given = "" if place == "" else f"{place}: {part['input']!r}: "
+            yield f"{given}{text}"
 
 
 def _deepspeed_problems(config: Any) -> list[str]:
@@ -238,14 +285,82 @@ def _deepspeed_problems(config: Any) -> list[str]:
     return problems
 
 
-def ignored_keys(values: Mapping[str, Any]) -> list[str]:
-    """Keys of an Axolotl YAML that neither Axolotl nor its registered plugins know."""
+def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of an Axolotl YAML, nested ones too, that neither Axolotl nor its registered plugins know.
+
+    Axolotl ignores them.
+    """
     from axolotl.integrations.config import merge_input_args
 
-    schema, _ = merge_input_args()
-    known = set(schema.model_fields)
-    known |= {field.alias for field in schema.model_fields.values() if field.alias}
-    return [key for key in values if key not in known]
+    yield from _unknown(values, [merge_input_args()[0]], "")
+
+
+def _unknown(values: Any, models: Sequence[Any], place: str) -> Iterator[str]:
+    """Keys below `place` that none of these pydantic models has."""
+    if isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _unknown(value, models, f"{place.removesuffix('.')}[{index}].")
+    # A model that takes any keys checks them itself.
+    elif isinstance(values, Mapping) and not any(
+        model.model_config.get("extra") == "allow" for model in models
+    ):
+        fields = {
+            key: field
+            for model in models
+            for name, field in model.model_fields.items()
+            for key in (name, field.alias)
+            if key
+        }
+        for key, value in values.items():
+            if key in fields:
+                nested = [*_models_in(fields[key].annotation)]
+                yield from _unknown(value, nested, f"{place}{key}.") if nested else ()
+            else:
+                close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
+                hint = f". Did you mean {close[0]!r}?" if close else ""
+                yield f"Axolotl ignores the key {place + str(key)!r}, which it does not know{hint}"
+
+
+def _models_in(annotation: Any) -> Iterator[Any]:
+    """The pydantic models that a field may hold; none where it may hold a dict of anything."""
+    from pydantic import BaseModel
+
+    parts = [annotation, *_parts_of(annotation)]
+    if not any(part is dict or typing.get_origin(part) is dict for part in parts):
+        yield from (part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel))
+
+
+def _parts_of(annotation: Any) -> Iterator[Any]:
+    for part in typing.get_args(annotation):
+        yield part
+        yield from _parts_of(part)
+
+
+def _missing_files(values: Mapping[str, Any]) -> Iterator[str]:
+    """Files and folders that are named and not there; what may be a name on the hub cannot be told."""
+    if _is_missing(values["base_model"]):
+        yield f"base_model: {values['base_model']} does not exist"
+    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+        datasets = values.get(key)
+        for index, dataset in enumerate(datasets if isinstance(datasets, list) else [datasets]):
+            if isinstance(dataset, Mapping):
+                path, files = dataset.get("path"), dataset.get("data_files") or []
+                paths = [path]
+                # Of a name on the hub, they are in that repository.
+                if isinstance(path, str) and os.path.exists(path):
+                    paths += [files] if isinstance(files, str) else list(files)
+                yield from (
+                    f"{key}[{index}]: {path} does not exist" for path in paths if _is_missing(path)
+                )
+
+
+def _is_missing(path: Any) -> bool:
+    """Whether this is no name on the hub, owner/name, and no address, but a path with nothing there."""
+    if not isinstance(path, str) or "://" in path or any(mark in path for mark in "*?["):
+        return False
+    may_be_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
+    is_path = not may_be_name or Path(path).suffix in _DATA_SUFFIXES
+    return is_path and not os.path.exists(path)
 
 
 def _check_trl(path: Path) -> Iterator[Finding]:
@@ -259,7 +374,7 @@ def _check_trl(path: Path) -> Iterator[Finding]:
             from trl.scripts import sft
 
             from .trl import register
-            from .trl.config import HAS_FUSED_HEAD, objective_of
+            from .trl.config import objective_of
             from .trl.conflicts import check_settings
 
             register()
@@ -270,7 +385,7 @@ def _check_trl(path: Path) -> Iterator[Finding]:
             if objective is not None:
                 model = next(part for part in parsed if isinstance(part, ModelConfig))
                 adapter = get_peft_config(model)
-                check_settings(arguments, adapter, objective.name, not HAS_FUSED_HEAD)
+                check_settings(arguments, adapter, objective.name)
     except (Exception, SystemExit) as error:
         # The parser writes its usage first, and what is wrong in the last line.
         lines = errors.getvalue().strip().splitlines() or [str(error)]

@@ -49,6 +49,8 @@ class TokenMetrics:
 
     def add(self, gated: GatedLoss, rows: int | None = None) -> None:
         """Add the tokens of one forward pass, or of its first `rows` rows alone."""
+        if rows == 0:
+            return  # Not a pass that scored no token, of which the log tells.
         # No float64 on Apple's GPUs. float32 sums of sums over a window are good to six digits.
         dtype = torch.float32 if gated.log_p.device.type == "mps" else torch.float64
         self._has_focus = gated.focus is not None

@@ -63,7 +63,8 @@ class StepMean(TrainerCallback):
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the mean up where a checkpoint left it."""
+        """Forget an earlier training, or an attempt with too large a batch; take up where a checkpoint left off."""
+        self.reset()
         mean = state.stateful_callbacks.get(CHECKPOINT_KEY, {}).get("mean")
         if mean is not None:
             self.mean = mean

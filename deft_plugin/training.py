@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
-from .checks import check_tokenizer, check_weights
+from . import evaluation_rows
+from .checks import check_batch, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
@@ -19,8 +22,10 @@ from .step_mean import StepMean
 logger = logging.getLogger("deft_plugin")
 
 
-class GatedTraining:
+class GatedTraining(TrainerCallback):
     """A gated head with its metrics over the logging window and over the running evaluation.
+
+    A callback, since a training may begin more than once: `auto_find_batch_size` tries again with smaller batches.
 
     Attributes:
         head: the gated head.
@@ -42,19 +47,30 @@ class GatedTraining:
             trainer.add_callback(self.step_mean)
         self._train = TokenMetrics()
         self._eval = TokenMetrics()
+        # The data sets whose next batch is the first.
+        self._at_beginning = {"train_dataset", "eval_dataset"}
+        trainer.add_callback(self)
 
     @contextmanager
-    def scoring(self, training: bool, rows: int | None = None) -> Iterator[None]:
+    def scoring(
+        self, training: bool, rows: int | None = None, batch: Mapping[str, Any] | None = None
+    ) -> Iterator[None]:
         """Take the metrics of the loss that is computed in this context.
 
         Args:
             training: whether they belong to the logging window or to the running evaluation.
             rows: how many of the batch's rows to count, by default all.
+            batch: what the model is given, to look at the first one of a training and of an evaluation.
 
         Raises:
+            ValueError: the first batch has ids outside the model's vocabulary.
             RuntimeError: no gated forward has run in it, so the loss is not the objective's.
         """
         metrics = self._train if training else self._eval
+        data = "train_dataset" if training else "eval_dataset"
+        if batch is not None and data in self._at_beginning:
+            check_batch(data, batch, self.head.model)
+            self._at_beginning.remove(data)
         forwards = 0
 
         def observe(gated: GatedLoss) -> None:
@@ -72,16 +88,30 @@ class GatedTraining:
                 "batch has no labels, or something has replaced the model's forward or the trainer's loss."
             )
 
-    def start_training(self) -> None:
-        """Forget the unlogged rest of an earlier or interrupted training."""
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the unlogged rest of an earlier, failed or interrupted training."""
         self._train.reset()
-        if self.step_mean is not None:
-            self.step_mean.reset()
+        self._at_beginning.add("train_dataset")
+
+    def start_training(self) -> None:
+        """As on_train_begin."""
+        self._train.reset()
 
     def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
         """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
         if self.step_mean is not None and batches:
             self.step_mean.begin_step(trainer, batches)
+
+    def add_means(self, logs: dict[str, float], device: torch.device | str) -> None:
+        """Add the means over the logging window on all ranks, which ends here, to a training's log. Collective.
+
+        Args:
+            logs: as `Trainer.log` is given them. Trainer's own are those of steps, which have a loss, and the one
+                at a training's end, which gets what came after the last of them. Every rank writes these.
+            device: for the sums over ranks.
+        """
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self.train_means(device))
 
     def train_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the logging window on all ranks, which ends here. Collective."""
@@ -93,6 +123,14 @@ class GatedTraining:
     def start_evaluation(self) -> None:
         """Forget earlier evaluations."""
         self._eval.reset()
+
+    @contextmanager
+    def evaluating(self, loader: Any) -> Iterator[None]:
+        """Take the metrics of the evaluation that runs in this context, over the batches of `loader`."""
+        self._eval.reset()
+        self._at_beginning.add("eval_dataset")
+        with evaluation_rows.countable(loader):
+            yield
 
     def eval_means(self, device: torch.device | str) -> dict[str, float]:
         """Means over the evaluation on all ranks. Collective."""
@@ -106,12 +144,21 @@ class GatedTraining:
                 logger.warning("%s, %s.", when, trouble)
 
 
-def own_rows(trainer: Any, labels: Tensor) -> int | None:
-    """How many rows of an evaluation's batch are not there only to fill up the ranks' last batches.
+def own_rows(trainer: Any, labels: Tensor) -> int:
+    """How many of the first rows of an evaluation's batch are not there only to fill up the ranks' last batches."""
+    rows = evaluation_rows.own_rows(
+        trainer.accelerator.gradient_state.active_dataloader, labels.size(0)
+    )
+    if rows is None:
+        _warn_of_fillers()
+        return labels.size(0)
+    return rows
 
-    None for all, also where packing has made one row of several.
-    """
-    state, rows = trainer.accelerator.gradient_state, labels.size(0)
-    if not state.end_of_dataloader or state.remainder <= 0 or rows != trainer.args.eval_batch_size:
-        return None
-    return min(max(state.remainder - trainer.accelerator.process_index * rows, 0), rows)
+
+@functools.cache
+def _warn_of_fillers() -> None:
+    logger.warning(
+        "The ranks' last batches of this evaluation may be filled up with rows of its beginning, and which they are "
+        "cannot be known: they count twice in its metrics. Exact are evaluations without packing or padding_free, "
+        "and without workers for a stream, or on one rank."
+    )

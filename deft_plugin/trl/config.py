@@ -18,8 +18,8 @@ from ..ops import CoreSettings, split_settings
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
 HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
-# These names stay TRL's own. None is TRL 1.9's default.
-TRL_LOSS_TYPES = (None, "nll", "dft") if HAS_FUSED_HEAD else (None, "nll", "dft", "chunked_nll")
+# These names stay TRL's own. None is TRL 1.9's default; since 1.15 "chunked_nll" is an old name of "nll".
+TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
 
 LOSS_KWARGS_HELP = (
     "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "

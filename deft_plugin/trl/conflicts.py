@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
+from types import CodeType
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
@@ -12,27 +13,19 @@ from ..head import causal_lm_of, check_model
 from ..lora import targets_lm_head
 
 
-def check_conflicts(arguments: dict[str, Any], loss_type: str, liger_is_whole: bool) -> None:
+def check_conflicts(trainer_class: type, arguments: dict[str, Any], loss_type: str) -> None:
     """Raise `ValueError` for a set-up in which the objective would not be what trains.
 
     Args:
+        trainer_class: of the trainer that is being made.
         arguments: the trainer's arguments by name.
         loss_type: for the messages.
-        liger_is_whole: whether `use_liger_kernel` always brings the fused cross-entropy (TRL < 1.15).
     """
     args, model = arguments["args"], arguments["model"]
-    check_settings(args, arguments.get("peft_config"), loss_type, liger_is_whole)
+    check_settings(args, arguments.get("peft_config"), loss_type)
     _check_other_losses(args, arguments.get("compute_loss_func"), loss_type)
-    if arguments.get("processing_class") is not None and hasattr(
-        arguments["processing_class"], "image_processor"
-    ):
-        raise ValueError(
-            f"loss_type={loss_type!r} supports text-only models, and the processing_class is a "
-            f"{type(arguments['processing_class']).__name__}. Use loss_type='nll' for a vision-language model."
-        )
-    if isinstance(model, str):
-        _check_text_only(model, args, loss_type)
-    else:
+    _check_trainer(trainer_class, loss_type)
+    if not isinstance(model, str):
         check_model(causal_lm_of(model))
     for name in ("train_dataset", "eval_dataset"):
         _check_rows(name, arguments.get(name))
@@ -47,23 +40,10 @@ def _check_rows(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no rows.")
 
 
-def check_settings(args: Any, peft_config: Any, loss_type: str, liger_is_whole: bool) -> None:
+def check_settings(args: Any, peft_config: Any, loss_type: str) -> None:
     """What `check_conflicts` sees in the training arguments and the adapter's configuration alone."""
     _check_other_losses(args, None, loss_type)
     _check_parallelism(args, loss_type)
-    liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and (
-        liger_is_whole or liger.get("fused_linear_cross_entropy") or liger.get("cross_entropy")
-    ):
-        raise ValueError(
-            f"Liger's cross-entropy would replace loss_type={loss_type!r}, which has a fused head of its "
-            "own. "
-            + (
-                "Set use_liger_kernel=False."
-                if liger_is_whole
-                else "Remove fused_linear_cross_entropy and cross_entropy from liger_kernel_config."
-            )
-        )
     _check_lm_head_adapter(peft_config, loss_type)
 
 
@@ -111,26 +91,34 @@ def _check_parallelism(args: Any, loss_type: str) -> None:
 
 
 def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
+    """Refuse an adapter on lm_head that is not linear in the hidden states; the model would load first otherwise."""
     excluded = targets_lm_head(getattr(peft_config, "exclude_modules", None))
-    for field in ("target_modules", "target_parameters"):
-        targets = getattr(peft_config, field, None)
-        if targets_lm_head(targets) and not (excluded and field == "target_modules"):
-            raise ValueError(
-                f"peft_config.{field}={targets!r} puts an adapter on lm_head, which loss_type={loss_type!r} "
-                "does not support: the head's weight is used directly, so the adapter would not be trained. "
-                f"Remove lm_head from {field}; to train the head, put it into modules_to_save."
-            )
-
-
-def _check_text_only(name: str, args: Any, loss_type: str) -> None:
-    from transformers import AutoConfig
-
-    options = args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}
-    trusted = options.get("trust_remote_code", getattr(args, "trust_remote_code", False))
-    passed = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
-    config = AutoConfig.from_pretrained(name, trust_remote_code=bool(trusted), **passed)
-    if config.get_text_config() is not config:
+    targets = getattr(peft_config, "target_modules", None)
+    if getattr(peft_config, "use_dora", False) and targets_lm_head(targets) and not excluded:
         raise ValueError(
-            f"model={name!r} is multi-modal, and loss_type={loss_type!r} supports text-only causal LMs. "
-            "Use TRL's own loss_type='nll', or load the language model alone."
+            f"peft_config puts DoRA on lm_head (use_dora=True, target_modules={targets!r}), which scales its rows "
+            f"in a way that loss_type={loss_type!r} cannot follow. Set use_dora=False, or remove lm_head from "
+            "target_modules; to train the head whole, put it into modules_to_save."
         )
+
+
+def _check_trainer(trainer_class: type, loss_type: str) -> None:
+    """Refuse a trainer that makes a loss of logits, as for distillation; others show at their first batch."""
+    loss: Any = trainer_class.compute_loss  # type: ignore[attr-defined]
+    names = set(_names_in(loss.__code__)) if hasattr(loss, "__code__") else set()
+    if "logits" in names and not names & {"compute_loss", "loss", "log_probs", "token_loss"}:
+        raise ValueError(
+            f"{trainer_class.__name__} has a loss of its own, which would train in place of loss_type={loss_type!r}: "
+            f"its compute_loss, of {loss.__module__}, takes the model's logits and neither calls SFTTrainer's "
+            "compute_loss nor takes the model's loss. Use it with TRL's own loss_type='nll', or use SFTTrainer."
+        )
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names and texts that a function's code has, with the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+        elif isinstance(constant, str):
+            yield constant

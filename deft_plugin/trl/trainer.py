@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,12 +26,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from trl.trainer import sft_trainer
 
-from ..checks import check_data
+from ..checks import check_data, tokenizer_of
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
 from ..ops import CoreSettings
 from ..ops.availability import chooses_triton
 from ..quantization import keep_cpu_weights_unpacked
+from ..substitution import attribute_of
 from ..training import GatedTraining, own_rows
 from .config import (
     HAS_FUSED_HEAD,
@@ -41,8 +43,12 @@ from .config import (
 )
 from .conflicts import check_conflicts, check_unchanged
 
+logger = logging.getLogger("deft_plugin")
+
+# The one whose code reads what a gated output has.
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
-_ADDS_TRL_HEAD = "add_fused_lm_head" if HAS_FUSED_HEAD else "_patch_chunked_ce_lm_head"
+# What these functions make a model's forward.
+_TRLS_FORWARDS = ("_fused_forward", "_chunked_ce_forward")
 
 
 @dataclass
@@ -77,7 +83,6 @@ class TRLOutput(GatedCausalLMOutput):
 
 _EXTENDED_METHODS = (
     "__init__",
-    "train",
     "get_batch_samples",
     "training_step",
     "prediction_step",
@@ -104,7 +109,8 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
             return
         settings = core_settings_of(training_args)
         chooses_triton(settings.path, training_args.device)
-        check_conflicts(arguments, objective.name, liger_is_whole=not HAS_FUSED_HEAD)
+        check_conflicts(type(self), arguments, objective.name)
+        _keep_ligers_other_kernels(training_args, objective.name)
         with _stand_in(training_args), _without_trls_head():
             try:
                 original["__init__"](self, *args, **kwargs)
@@ -112,13 +118,6 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
                 raise ValueError("train_dataset or eval_dataset, a stream, has no rows.") from None
         self._gating = _install(self, objective, settings)
         _check_data(self, arguments)
-
-    @functools.wraps(original["train"])
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        gating = _gating_of(self)
-        if gating is not None:
-            gating.start_training()
-        return original["train"](self, *args, **kwargs)
 
     @functools.wraps(original["get_batch_samples"])
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +129,12 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
 
     # The whole step, so that a subclass with a compute_loss of its own is seen too.
     @functools.wraps(original["training_step"])
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(
+        self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         gating = _gating_of(self)
-        with nullcontext() if gating is None else gating.scoring(training=True):
-            return original["training_step"](self, *args, **kwargs)
+        with nullcontext() if gating is None else gating.scoring(training=True, batch=inputs):
+            return original["training_step"](self, model, inputs, *args, **kwargs)
 
     @functools.wraps(original["prediction_step"])
     def prediction_step(
@@ -143,7 +144,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         if gating is None or inputs.get("labels") is None:
             return original["prediction_step"](self, model, inputs, *args, **kwargs)
         rows = own_rows(self, inputs["labels"])
-        with gating.scoring(training=False, rows=rows):
+        with gating.scoring(training=False, rows=rows, batch=inputs):
             return original["prediction_step"](self, model, inputs, *args, **kwargs)
 
     @functools.wraps(original["compute_loss"])
@@ -160,7 +161,9 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         check_unchanged(self, gating.head.objective.name)
         # TRL 1.16 takes the logits for compute_metrics from a second forward pass; 1.9 has to be helped.
         wants_logits = not HAS_FUSED_HEAD and inputs.get("_prediction_loss_only") is False
-        with _stand_in(self.args):
+        # transformers asks Liger's cross-entropy for it, which is switched off.
+        inputs.pop("skip_logits", None)
+        with _stand_in(self.args, STAND_IN_LOSS_TYPE):
             result = original["compute_loss"](
                 self, model, inputs, return_outputs, num_items_in_batch
             )
@@ -174,13 +177,14 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         return result
 
     @functools.wraps(original["evaluation_loop"])
-    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self: Any, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         gating = _gating_of(self)
         if gating is None:
-            return original["evaluation_loop"](self, *args, **kwargs)
-        gating.start_evaluation()
-        output = original["evaluation_loop"](self, *args, **kwargs)
-        bound = inspect.signature(original["evaluation_loop"]).bind(self, *args, **kwargs)
+            return original["evaluation_loop"](self, dataloader, *args, **kwargs)
+        with gating.evaluating(dataloader):
+            output = original["evaluation_loop"](self, dataloader, *args, **kwargs)
+        signature = inspect.signature(original["evaluation_loop"])
+        bound = signature.bind(self, dataloader, *args, **kwargs)
         prefix = bound.arguments.get("metric_key_prefix", "eval")
         means = gating.eval_means(self.args.device)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
@@ -190,14 +194,12 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     @functools.wraps(original["log"])
     def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         gating = _gating_of(self)
-        # Trainer's own training log, which every rank writes: the means are collective.
-        if gating is not None and "loss" in logs:
-            logs.update(gating.train_means(self.args.device))
+        if gating is not None:
+            gating.add_means(logs, self.args.device)
         original["log"](self, logs, *args, **kwargs)
 
     extensions = (
         __init__,
-        train,
         get_batch_samples,
         training_step,
         prediction_step,
@@ -227,10 +229,11 @@ def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> Gate
             f"loss_type={objective.name!r} does not support. Start one process per GPU with accelerate "
             "launch or torchrun, or show one GPU: CUDA_VISIBLE_DEVICES=0."
         )
-    # TRL 1.9 sets the coefficient in the configuration; models keep a copy, which the head reads.
+    # TRL 1.9 sets the coefficient in the configuration; most models keep a copy, which their forward reads.
     model = causal_lm_of(trainer.model)
-    if hasattr(model, "router_aux_loss_coef"):
-        model.router_aux_loss_coef = model.config.router_aux_loss_coef
+    coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
+    if hasattr(model, "router_aux_loss_coef") and coefficient is not None:
+        model.router_aux_loss_coef = coefficient
     head = add_gated_head(
         trainer.model, objective, with_entropy=True, output_class=TRLOutput, **asdict(settings)
     )
@@ -253,6 +256,7 @@ def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
         many = isinstance(prepared, dict)
         for key in prepared if many else [None]:
             cuts_ends = trainer.args.truncation_mode == "keep_start"
+            end = tokenizer_of(trainer.processing_class).eos_token_id
             check_data(
                 f"{name}[{key!r}]" if many else name,
                 prepared[key] if many else prepared,
@@ -260,7 +264,7 @@ def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
                 warn=trainer.is_world_process_zero(),
                 given=given[key] if many else given,
                 max_length=None if packs else trainer.args.max_length,
-                end=trainer.processing_class.eos_token_id if cuts_ends else None,
+                end=end if cuts_ends else None,
             )
 
 
@@ -272,9 +276,23 @@ def _remove_gated_head(model: Any) -> None:
     """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
     head = None if isinstance(model, str) else gated_head_of(model)
     if head is not None:
-        # That trainer's mixed precision is a wrapper around the forward.
+        # That trainer's mixed precision is a wrapper around the forward, and TRL's heads, of trainers after it, too.
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        _remove_trls_heads(head.model)
         head.remove()
+
+
+def _remove_trls_heads(model: Any) -> None:
+    """Give the model the forward back that it had before TRL's trainers, one or several, put theirs over it."""
+    while True:
+        function: Any = getattr(vars(model).get("forward"), "__func__", None)
+        code = getattr(function, "__code__", None)
+        if code is None or code.co_name not in _TRLS_FORWARDS:
+            return
+        original = inspect.getclosurevars(function).nonlocals["original_forward"]
+        del model.forward
+        if getattr(original, "__func__", None) is not type(model).forward:
+            model.forward = original
 
 
 def _gating_of(trainer: Any) -> GatedTraining | None:
@@ -283,26 +301,46 @@ def _gating_of(trainer: Any) -> GatedTraining | None:
     return gating
 
 
+def _keep_ligers_other_kernels(args: Any, loss_type: str) -> None:
+    """Switch Liger's cross-entropies off: what they are for, saving memory, the gated head does."""
+    if args.use_liger_kernel:
+        replaced = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), **replaced}
+        logger.warning(
+            "use_liger_kernel=True: loss_type=%r takes the place of Liger's fused cross-entropy, as sparing with "
+            "memory; its other kernels are used.",
+            loss_type,
+        )
+
+
 @contextmanager
-def _stand_in(args: Any) -> Iterator[None]:
-    """Show TRL one of its own loss types for as long as its code runs."""
-    loss_type = args.loss_type
-    args.loss_type = STAND_IN_LOSS_TYPE
-    try:
+def _stand_in(args: Any, loss_type: str = "nll") -> Iterator[None]:
+    """Show TRL one of its own loss types for as long as its code runs, and 1.9 no Liger, whose loss it would read."""
+    shown: dict[str, Any] = {"loss_type": loss_type}
+    if not HAS_FUSED_HEAD:
+        shown["use_liger_kernel"] = False
+    with ExitStack() as stack:
+        for name, value in shown.items():
+            stack.enter_context(attribute_of(args, name, value))
         yield
-    finally:
-        args.loss_type = loss_type
 
 
 @contextmanager
 def _without_trls_head() -> Iterator[None]:
-    """Keep TRL from giving the model a fused head of its own, which would stay under the gated one."""
-    add_head = getattr(sft_trainer, _ADDS_TRL_HEAD)
-    setattr(sft_trainer, _ADDS_TRL_HEAD, lambda *args, **kwargs: None)
-    try:
+    """Keep TRL from giving the model a fused head of its own, and from refusing an adapter on lm_head for its sake."""
+    with ExitStack() as stack:
+        if HAS_FUSED_HEAD:
+            stack.enter_context(attribute_of(sft_trainer, "add_fused_lm_head", _add_no_head))
+            stack.enter_context(attribute_of(sft_trainer, "BaseTunerLayer", _NoLayer))
         yield
-    finally:
-        setattr(sft_trainer, _ADDS_TRL_HEAD, add_head)
+
+
+def _add_no_head(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+class _NoLayer:
+    """A class that no layer is an instance of."""
 
 
 class SFTTrainer(trl.SFTTrainer):
