@@ -1,11 +1,12 @@
 # Two commands do all the set-up, each in its own virtual environment:
 #   make demo    QLoRA fine-tune with DEFT on the shipped base model (no hub, no GPU needed)
-#   make test    lint, types, and the tests under both supported lines of versions
+#   make test    lint, types, and the tests under the three lines of versions: newest, Axolotl's, lowest
 # On a GPU, make test-gpu runs the core's tests there, and make benchmark measures it.
 
 PYTHON ?= python3
 TRL := .venv
 AXOLOTL := .venv-axolotl
+FLOOR := .venv-floor
 WORKERS ?= 2
 
 .PHONY: demo test test-gpu lint benchmark clean
@@ -13,9 +14,10 @@ WORKERS ?= 2
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
 
-test: $(TRL)/.ready $(AXOLOTL)/.ready lint
+test: $(TRL)/.ready $(AXOLOTL)/.ready $(FLOOR)/.ready lint
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) tests/axolotl_adapter
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/axolotl_adapter
+	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q -n $(WORKERS)
 
 test-gpu: $(TRL)/.ready
@@ -31,7 +33,7 @@ benchmark: $(TRL)/.ready
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,dev]"
+	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,vision,dev]"
 	touch $@
 
 $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
@@ -39,5 +41,10 @@ $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
 	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
 	touch $@
 
+$(FLOOR)/.ready: pyproject.toml constraints/floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install -q -c constraints/floor.txt -e ".[qlora,dev]"
+	touch $@
+
 clean:
-	rm -rf $(TRL) $(AXOLOTL) build runs *.egg-info
+	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) build runs *.egg-info
