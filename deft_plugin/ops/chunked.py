@@ -8,6 +8,8 @@ for a trainable head, one for the weight's:
     d hidden = gate * (error @ weight)            the gate may come after the whole batch
     d weight = error.T @ (gate * hidden)          the gate must come first
 
+A low-rank addition to the weight is a second pair of hidden and weight, of few columns, with the same products.
+
 Only where a gate depends on the whole batch and must come first, for a trainable head or for `skip_below`, is
 there a separate pass for the statistics, one product more. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
 (`triton_fold`); all else is the same.
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics
 from .output import gradient_bound
-from .projection import LogitsTransform
+from .projection import LogitsTransform, Operands
 from .shard import VocabularyShard
 from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
 
@@ -38,6 +40,9 @@ SMALLEST_TILE_ROWS = 16
 TILE_ROWS_MULTIPLE = 128
 # Leaving rows out copies those that stay, about 7 % of the product that each of them has to pay for.
 SMALLEST_SKIPPED_SHARE = 1 / 8
+
+# Operands with a row per token: the gate comes into their gradients in the backward pass, as a factor per row.
+_PER_TOKEN = frozenset({"hidden", "low_rank_hidden"})
 
 
 @dataclass(frozen=True)
@@ -116,48 +121,39 @@ def default_tile_rows(
 
 
 def chunked_token_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head
+    operands: Operands, head: Head
 ) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor | None]:
     """Sum of losses (), losses (n,), statistics, gates (n,) and whether skipped (n,) of the valid tokens.
 
-    The sum and the losses are differentiable in hidden, weight and bias. Backward through the sum only
+    The sum and the losses are differentiable in the operands. Backward through the sum only
     scales the gradients that exist; so does backward through the losses where the head is frozen or
-    all upstream gradients are equal. Otherwise the weight's gradient is formed again.
-
-    Args:
-        hidden: (N, H). weight: (V, H). bias: (V,) or None. Any floating dtype.
-        head: the rest of the call.
+    all upstream gradients are equal. Otherwise the head's own gradients are formed again.
     """
-    wanted = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
-    ]
-    total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(
-        hidden, weight, bias, head, wanted
+    wanted = frozenset(
+        name
+        for name, tensor in operands._asdict().items()
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
     )
-    vocab_size = weight.size(0) if head.shard is None else head.shard.vocab_size
+    total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(head, wanted, *operands)
+    vocab_size = operands.weight.size(0) if head.shard is None else head.shard.vocab_size
     return total, losses, TokenStatistics.of_tensors(vocab_size, *values), gate, skipped
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        wanted: list[bool],
+        ctx: Any, head: Head, wanted: frozenset[str], *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        with torch.autocast(hidden.device.type, enabled=False):
-            product_weight = weight.to(head.product_dtype)
-            gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
+        operands = Operands(*tensors)
+        with torch.autocast(operands.hidden.device.type, enabled=False):
+            operands = operands.with_weights_in(head.product_dtype)
+            gradients = _Gradients(operands, head, wanted)
             need_gate = gradients.need_gate or (gradients.wanted and head.skip_below > 0)
             gate_first = need_gate and head.objective.couples_tokens
             collected, gates = [], []
             form_error = gradients.wanted and not gate_first
-            for tile in _folded_tiles(hidden, product_weight, bias, head, form_error):
+            for tile in _folded_tiles(operands, head, form_error):
                 collected.append(tile.statistics)
                 if form_error:
                     gates += [head.objective.gate(tile.statistics)] if need_gate else []
@@ -168,14 +164,16 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             losses = head.objective.loss(statistics.log_p, statistics.clone())
             gate = torch.cat(gates) if gates else head.objective.gate(statistics)
             if gate_first:
-                for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
+                for tile in _folded_tiles(operands, head, form_error=True):
                     gradients.add(tile, gate[tile.positions])
-            if head.shard is not None and gradients.hidden is not None:
-                head.shard.sum_(gradients.hidden)
-        inputs = (hidden, weight, bias) if gradients.need_gate else (None, None, None)
-        ctx.save_for_backward(gate, gradients.hidden, gradients.weight, gradients.bias, *inputs)
-        ctx.head, ctx.wanted = head, wanted
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+            if head.shard is not None:
+                for gradient in (gradients.hidden, gradients.low_rank_hidden):
+                    if gradient is not None:
+                        head.shard.sum_(gradient)
+        saved = tensors if gradients.need_gate else [None] * len(tensors)
+        ctx.save_for_backward(gate, *gradients.tensors(), *saved)
+        ctx.head, ctx.wanted, ctx.row_count = head, wanted, operands.hidden.size(0)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         values = statistics.tensors()
         skipped = gradients.skipped
         constants = [value for value in (gate, skipped, *values) if value is not None]
@@ -187,22 +185,26 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         ctx: Any, total_gradient: Tensor | None, loss_gradients: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        gate, hidden_gradient, weight_gradient, bias_gradient, *inputs = ctx.saved_tensors
+        gate, *saved = ctx.saved_tensors
+        count = len(Operands._fields)
+        gradients, tensors = saved[:count], saved[count:]
         head: Head = ctx.head
         if total_gradient is None and loss_gradients is None:
-            return None, None, None, None, None
+            return None, None, *(None for _ in gradients)
         # One number when every token has the same upstream gradient, else one per token.
         upstream = total_gradient
         if loss_gradients is not None:
             upstream = loss_gradients if upstream is None else loss_gradients + upstream
             assert upstream is not None
-            if inputs[0] is not None:
+            if tensors[0] is not None:
                 if upstream.numel() and bool((upstream == upstream[0]).all()):
                     upstream = upstream[0]
                 elif upstream.numel():
-                    weight_gradient, bias_gradient = _weighted_again(
-                        inputs, head, ctx.wanted, gate * upstream
-                    )
+                    again = _weighted_again(Operands(*tensors), head, ctx.wanted, gate * upstream)
+                    gradients = [
+                        gradient if formed is None else formed
+                        for gradient, formed in zip(gradients, again, strict=True)
+                    ]
         assert upstream is not None
         # Scaling in place saves a copy of every gradient, but a retained graph may come here again.
         in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -215,19 +217,14 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             return gradient.mul_(scale) if in_place else gradient * scale
 
         row_scale = (gate * upstream).unsqueeze(1)
-        if hidden_gradient is not None and head.rows is not None:
-            full = row_scale.new_zeros(hidden_gradient.size(0), 1)
+        if head.rows is not None and ctx.wanted & _PER_TOKEN:
+            full = row_scale.new_zeros(ctx.row_count, 1)
             row_scale = full.index_copy(0, head.rows, row_scale)
         if upstream.dim() == 1:
             # Formed again above with the per-token gradients in it.
             upstream = upstream.new_ones(())
-        return (
-            scaled(hidden_gradient, row_scale, ctx.dtypes[0]),
-            scaled(weight_gradient, upstream, ctx.dtypes[1]),
-            scaled(bias_gradient, upstream, ctx.dtypes[2]),
-            None,
-            None,
-        )
+        scales = [row_scale if name in _PER_TOKEN else upstream for name in Operands._fields]
+        return None, None, *map(scaled, gradients, scales, ctx.dtypes)
 
 
 def refuse_second_derivative() -> None:
@@ -247,33 +244,37 @@ def refuse_second_derivative() -> None:
 class _Gradients:
     """Buffers that the tiles' errors are multiplied into; None where no gradient is wanted.
 
-    hidden: (N, H) in the hidden states' dtype, without the gate; weight (V, H) and bias (V,) in
-    float32 or float64, with it.
+    hidden (N, H) and low_rank_hidden (N, r) in their operand's dtype, without the gate; weight (V, H),
+    bias (V,) and low_rank_weight (V, r) in float32 or float64, with it.
     """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        product_weight: Tensor,
-        head: Head,
-        wanted: list[bool],
-    ) -> None:
+    def __init__(self, operands: Operands, head: Head, wanted: frozenset[str]) -> None:
         self.head = head
-        self.hidden_states = hidden
-        self.product_weight = product_weight
+        self.operands = operands
         accumulator = statistics_dtype(head.product_dtype)
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
-        # The first tile overwrites these.
-        self.weight = torch.empty_like(weight, dtype=accumulator) if wanted[1] else None
-        self.bias = (
-            torch.empty_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
-        )
+
+        def buffer(name: str) -> Tensor | None:
+            if name not in wanted:
+                return None
+            operand = getattr(operands, name)
+            if name in _PER_TOKEN:
+                return torch.zeros_like(operand)
+            # The first tile overwrites it.
+            return torch.empty_like(operand, dtype=accumulator)
+
+        self.hidden = buffer("hidden")
+        self.weight = buffer("weight")
+        self.bias = buffer("bias")
+        self.low_rank_hidden = buffer("low_rank_hidden")
+        self.low_rank_weight = buffer("low_rank_weight")
         self._keep = 0
         self.skipped = torch.zeros_like(head.targets, dtype=torch.bool) if head.skip_below else None
-        self.wanted = any(wanted)
-        self.need_gate = wanted[1] or wanted[2]
+        self.wanted = bool(wanted)
+        self.need_gate = bool(wanted - _PER_TOKEN)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The buffers, in the order of `Operands`."""
+        return [getattr(self, name) for name in Operands._fields]
 
     def add(self, tile: _Tile, gate: Tensor | None) -> None:
         """Multiply a tile's error into the buffers."""
@@ -284,19 +285,28 @@ class _Gradients:
             error, gate = error[kept], gate[kept]
             rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
             row_scale = row_scale[kept]
-        if self.hidden is not None:
-            product = error.to(self.product_weight.dtype) @ self.product_weight
-            product.mul_(row_scale.unsqueeze(1))
-            self.hidden[rows] = product.to(self.hidden.dtype)
-        if gate is None:
-            return
-        gate = gate * row_scale
-        if self.weight is not None:
-            scaled = self.hidden_states[rows] * gate.unsqueeze(1)
-            _add_product_(self.weight, self._keep, error.t(), scaled.to(error.dtype))
+        if self.hidden is not None or self.low_rank_hidden is not None:
+            self._add_per_token(error, rows, row_scale.unsqueeze(1))
+        if gate is not None:
+            self._add_per_weight(error, rows, (gate * row_scale).unsqueeze(1))
+
+    def _add_per_token(self, error: Tensor, rows: Tensor | slice, scale: Tensor) -> None:
+        """Put scale * (error @ weight) into the rows of hidden and low_rank_hidden."""
+        error = error.to(self.head.product_dtype)
+        gradients = (self.hidden, self.low_rank_hidden)
+        for (_, weight), gradient in zip(self.operands.products(), gradients, strict=False):
+            if gradient is not None:
+                gradient[rows] = (error @ weight).mul_(scale).to(gradient.dtype)
+
+    def _add_per_weight(self, error: Tensor, rows: Tensor | slice, scale: Tensor) -> None:
+        """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
+        gradients = (self.weight, self.low_rank_weight)
+        for (hidden, _), gradient in zip(self.operands.products(), gradients, strict=False):
+            if gradient is not None:
+                scaled = (hidden[rows] * scale).to(error.dtype)
+                _add_product_(gradient, self._keep, error.t(), scaled)
         if self.bias is not None:
-            right = gate.unsqueeze(1).to(error.dtype)
-            _add_product_(self.bias.unsqueeze(1), self._keep, error.t(), right)
+            _add_product_(self.bias.unsqueeze(1), self._keep, error.t(), scale.to(error.dtype))
         self._keep = 1
 
     def _rows_that_earn(self, tile: _Tile, gate: Tensor) -> Tensor | None:
@@ -341,22 +351,28 @@ def _accumulates_in_float32(device_type: str, dtype: torch.dtype) -> bool:
     return bool((accumulator == 17).all())
 
 
-def _folded_tiles(
-    hidden: Tensor, product_weight: Tensor, bias: Tensor | None, head: Head, form_error: bool
-) -> Iterator[_Tile]:
-    """Project and fold one tile after the other, all in one buffer."""
+def _folded_tiles(operands: Operands, head: Head, form_error: bool) -> Iterator[_Tile]:
+    """Project and fold one tile after the other, all in one buffer.
+
+    Args:
+        operands: with weights in the products' dtype.
+        form_error: whether the tiles' errors are wanted beside their statistics.
+    """
     dtype = buffer_dtype(head.product_dtype, head.use_triton)
+    (hidden, weight), *low_rank = operands.products()
+    bias = operands.bias
     buffer_rows = min(head.tile_rows, head.targets.numel())
-    buffer = torch.empty(
-        buffer_rows, product_weight.size(0), dtype=dtype, device=product_weight.device
-    )
+    buffer = torch.empty(buffer_rows, weight.size(0), dtype=dtype, device=weight.device)
     for positions, rows in head.tiles():
         hidden_tile = hidden[rows].to(head.product_dtype)
         logits = buffer[: hidden_tile.size(0)]
         if dtype == head.product_dtype:
-            torch.mm(hidden_tile, product_weight.t(), out=logits)
+            torch.mm(hidden_tile, weight.t(), out=logits)
         else:
-            logits.copy_(hidden_tile @ product_weight.t())
+            logits.copy_(hidden_tile @ weight.t())
+        for low_rank_hidden, low_rank_weight in low_rank:
+            low_rank_tile = low_rank_hidden[rows].to(head.product_dtype)
+            _add_product_(logits, 1, low_rank_tile, low_rank_weight.t())
         targets = head.targets[positions]
         if head.use_triton:
             from .triton_fold import triton_fold_
@@ -384,22 +400,21 @@ def buffer_dtype(product_dtype: torch.dtype, use_triton: bool) -> torch.dtype:
 
 
 def _weighted_again(
-    inputs: list[Tensor | None], head: Head, wanted: list[bool], token_weight: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias gradients for a gate times upstream gradient that differs between tokens."""
-    hidden, weight, bias = inputs
-    assert hidden is not None
-    assert weight is not None
-    if weight.size(0) == 0 and head.shard is None:
+    operands: Operands, head: Head, wanted: frozenset[str], token_weight: Tensor
+) -> list[Tensor | None]:
+    """The head's gradients for a gate times upstream gradient that differs between tokens.
+
+    In the order of `Operands`; None for hidden states.
+    """
+    if operands.weight.size(0) == 0 and head.shard is None:
         raise RuntimeError(
             "Upstream gradients that differ between tokens need the lm_head's weight in the "
             "backward pass, where it is partitioned away (ZeRO-3). Use the scalar `loss`, or weight "
             "tokens in an objective of your own."
         )
-    with torch.autocast(hidden.device.type, enabled=False):
-        product_weight = weight.to(head.product_dtype)
-        wanted = [False, *wanted[1:]]
-        gradients = _Gradients(hidden, weight, bias, product_weight, head, wanted)
-        for tile in _folded_tiles(hidden, product_weight, bias, head, form_error=True):
+    with torch.autocast(operands.hidden.device.type, enabled=False):
+        operands = operands.with_weights_in(head.product_dtype)
+        gradients = _Gradients(operands, head, wanted - _PER_TOKEN)
+        for tile in _folded_tiles(operands, head, form_error=True):
             gradients.add(tile, token_weight[tile.positions])
-    return gradients.weight, gradients.bias
+    return gradients.tensors()

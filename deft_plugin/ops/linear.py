@@ -19,7 +19,7 @@ from .output import (
     check_reduction,
     described,
 )
-from .projection import LogitsTransform, product_dtype, project
+from .projection import LogitsTransform, Operands, product_dtype, project
 from .reference import reference_token_loss
 from .settings import CoreSettings, Path
 from .shard import VocabularyShard
@@ -34,6 +34,7 @@ def linear_gated_loss(
     *,
     parameters: Mapping[str, Any] | None = None,
     bias: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -47,10 +48,10 @@ def linear_gated_loss(
 ) -> GatedLoss:
     """An objective's loss over a language model's head, computed without the (N, V) logits.
 
-    The logits are z = softcap(logit_scale * (hidden @ weight.T + bias)). Only rows with a valid target
-    are projected, a tile at a time, and gradients are formed in the same pass. Statistics are float32
-    (float64 for float64 input) whatever the dtype of the products, which is the autocast dtype under
-    autocast.
+    The logits are z = softcap(logit_scale * (hidden @ weight.T + low_rank_hidden @ low_rank_weight.T + bias)).
+    Only rows with a valid target are projected, a tile at a time, and gradients are formed in the same pass.
+    Statistics are float32 (float64 for float64 input) whatever the dtype of the products, which is
+    the autocast dtype under autocast.
 
     Args:
         hidden: (..., H) hidden states, floating.
@@ -59,6 +60,10 @@ def linear_gated_loss(
         objective: a registered name or an `Objective`.
         parameters: the named objective's parameters.
         bias: (V,) or None.
+        low_rank: low_rank_hidden, hidden's shape with r for H, and low_rank_weight (V, r), both floating; or
+            None. LoRA is (scaling * lora_A(dropout(hidden)), lora_B.weight), and several adapters lie side
+            by side along r. The product is in the dtype of hidden @ weight.T. Gradients are formed in
+            whichever of the pair requires them; nothing of the weight's size is built where it is frozen.
         logit_scale: factor on the logits.
         softcap: c of c * tanh(z / c), or None.
         ignore_index: target value of positions that do not count.
@@ -75,13 +80,14 @@ def linear_gated_loss(
             less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure
             of many tokens; tiles with fewer than one in eight of them are computed whole. Not for path
             "reference".
-        shard: weight and bias are this rank's rows of an lm_head sharded over ranks (tensor parallelism), while
-            hidden and targets are the same on all of them. Collective, in the forward pass and, where upstream
-            gradients differ between tokens, in the backward pass; loss and hidden's gradient are those of
-            the whole, on every rank. Runs on path "chunked", which "auto" then means.
+        shard: weight, bias and low_rank_weight are this rank's rows of an lm_head sharded over ranks (tensor
+            parallelism), while hidden, low_rank_hidden and targets are the same on all of them. Collective, in the
+            forward pass and, where upstream gradients differ between tokens, in the backward pass; loss
+            and the hidden states' gradients are those of the whole, on every rank. Runs on path
+            "chunked", which "auto" then means.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, a target out of range, an unknown objective,
+        ValueError: shapes, dtypes or devices that do not fit, a target out of range, an unknown objective,
             parameter, path or reduction; path "triton" where it cannot run; a shard on another path than
             "chunked", or one of another size than the weight.
 
@@ -91,6 +97,7 @@ def linear_gated_loss(
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
     _check_shapes(hidden, weight, targets, bias, shard)
+    _check_low_rank(low_rank, hidden, weight)
     CoreSettings(path, tile_rows, skip_below)  # Raises for what no call could have.
     if shard is not None:
         if path not in ("auto", "chunked"):
@@ -101,10 +108,15 @@ def linear_gated_loss(
     vocab_size = weight.size(0) if shard is None else shard.vocab_size
     valid = ValidTargets.check(targets, vocab_size, ignore_index)
     request = StatisticsRequest.of(objective, with_entropy)
-    hidden = hidden.reshape(-1, hidden.size(-1))
+    operands = Operands(hidden.reshape(-1, hidden.size(-1)), weight, bias)
+    if low_rank is not None:
+        low_rank_hidden, low_rank_weight = low_rank
+        operands = operands._replace(
+            low_rank_hidden=low_rank_hidden.reshape(-1, low_rank_hidden.size(-1)),
+            low_rank_weight=low_rank_weight,
+        )
     if path == "reference":
-        rows = hidden if valid.rows is None else hidden[valid.rows]
-        logits = project(rows, weight, bias, transform)
+        logits = project(operands, valid.rows, transform)
         token_loss, statistics = reference_token_loss(logits, valid.targets, objective, request)
         total, gate, skipped = token_loss.sum(), objective.gate(statistics), None
     else:
@@ -130,9 +142,7 @@ def linear_gated_loss(
             skip_below=skip_below,
             shard=shard,
         )
-        total, token_loss, statistics, gate, skipped = chunked_token_loss(
-            hidden, weight, bias, head
-        )
+        total, token_loss, statistics, gate, skipped = chunked_token_loss(operands, head)
     return assemble(
         objective,
         valid,
@@ -184,3 +194,40 @@ def _check_shapes(
             f"hidden and weight must be floating; their dtypes are {hidden.dtype} and "
             f"{weight.dtype}. A quantised lm_head is not supported: keep lm_head out of quantisation."
         )
+
+
+def _check_low_rank(low_rank: tuple[Tensor, Tensor] | None, hidden: Tensor, weight: Tensor) -> None:
+    if low_rank is None:
+        return
+    if not (
+        isinstance(low_rank, (tuple, list))
+        and len(low_rank) == 2
+        and all(isinstance(tensor, Tensor) for tensor in low_rank)
+    ):
+        raise ValueError(
+            "low_rank must be a pair of tensors (low_rank_hidden, low_rank_weight), or None; it is a "
+            f"{type(low_rank).__name__}."
+        )
+    low_rank_hidden, low_rank_weight = low_rank
+    if (
+        low_rank_weight.dim() != 2
+        or low_rank_weight.size(0) != weight.size(0)
+        or not low_rank_weight.size(1)
+    ):
+        raise ValueError(
+            f"low_rank_weight must be (V, r), V being weight's {weight.size(0)} and r at least 1; its shape is "
+            f"{tuple(low_rank_weight.shape)}."
+        )
+    expected = (*hidden.shape[:-1], low_rank_weight.size(1))
+    if low_rank_hidden.shape != expected:
+        raise ValueError(
+            f"low_rank_hidden must have hidden's shape with low_rank_weight's r for H, {expected}; its shape is "
+            f"{tuple(low_rank_hidden.shape)}."
+        )
+    for name, tensor in zip(("low_rank_hidden", "low_rank_weight"), low_rank, strict=True):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating; its dtype is {tensor.dtype}.")
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name} must be on weight's device, {weight.device}; it is on {tensor.device}."
+            )

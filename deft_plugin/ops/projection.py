@@ -1,13 +1,47 @@
-"""The map from hidden states to logits: z = softcap(logit_scale * (hidden @ weight.T + bias))."""
+"""The map from hidden states to logits.
+
+z = softcap(logit_scale * (hidden @ weight.T + low_rank_hidden @ low_rank_weight.T + bias))
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+class Operands(NamedTuple):
+    """The tensors that logits are made of, of any floating dtypes; each may require a gradient.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        low_rank_hidden: (N, r) or None.
+        low_rank_weight: (V, r), or None with it.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    low_rank_hidden: Tensor | None = None
+    low_rank_weight: Tensor | None = None
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """(N, k) and (V, k) of each product that the logits are the sum of: one, or two with a low rank."""
+        products = [(self.hidden, self.weight)]
+        if self.low_rank_hidden is not None and self.low_rank_weight is not None:
+            products.append((self.low_rank_hidden, self.low_rank_weight))
+        return products
+
+    def with_weights_in(self, dtype: torch.dtype) -> Operands:
+        """The same with weights in the products' dtype."""
+        low_rank_weight = None if self.low_rank_weight is None else self.low_rank_weight.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), low_rank_weight=low_rank_weight)
 
 
 @dataclass(frozen=True)
@@ -51,7 +85,10 @@ class LogitsTransform:
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype `torch.nn.functional.linear` would multiply in, mixed dtypes being promoted."""
+    """The dtype `torch.nn.functional.linear` would multiply in, mixed dtypes being promoted.
+
+    A low-rank product follows: an adapter in float32 does not make a float32 copy of a bfloat16 weight.
+    """
     device_type = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     # Autocast leaves float64 alone.
@@ -60,11 +97,20 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return dtype
 
 
-def project(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitsTransform
-) -> Tensor:
-    """Full logits (N, V) in float32 or float64, differentiable. Shapes as in `linear_gated_loss`."""
-    dtype = product_dtype(hidden, weight)
-    bias = None if bias is None else bias.to(dtype)
-    logits = functional.linear(hidden.to(dtype), weight.to(dtype), bias)
-    return transform(logits if logits.dtype == torch.float64 else logits.float())
+def project(operands: Operands, rows: Tensor | None, transform: LogitsTransform) -> Tensor:
+    """Full logits (n, V) in float32 or float64, differentiable.
+
+    Args:
+        rows: (n,) int64 rows of the hidden states; None for all of them.
+    """
+    dtype = product_dtype(operands.hidden, operands.weight)
+    bias = None if operands.bias is None else operands.bias.to(dtype)
+    (hidden, weight), *low_rank = [
+        ((hidden if rows is None else hidden[rows]).to(dtype), weight.to(dtype))
+        for hidden, weight in operands.products()
+    ]
+    logits = functional.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    for hidden, weight in low_rank:
+        logits = logits + functional.linear(hidden, weight)
+    return transform(logits)

@@ -39,6 +39,7 @@ def shard_of(case: Case) -> tuple[Case, VocabularyShard]:
         case.to(case.hidden.dtype),
         weight=own(case.weight),
         bias=None if case.bias is None else own(case.bias),
+        low_rank_weight=None if case.low_rank_weight is None else own(case.low_rank_weight),
     )
     return part, shard
 
@@ -72,9 +73,9 @@ def compare(
         if value is not None:
             torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance, msg=name)
     rows = slice(shard.first, shard.first + part.weight.size(0))
-    for leaf, reference in enumerate(expected):
-        if reference.size(0) == case.weight.size(0) and reference.shape != case.hidden.shape:
-            expected[leaf] = reference[rows]
+    for index, leaf in enumerate([*case.leaves(), *case.leaves()]):
+        if leaf is not case.hidden and leaf is not case.low_rank_hidden:
+            expected[index] = expected[index][rows]
     assert largest_error(actual, expected, smallest_norm=1e-30) < tolerance
 
 
@@ -98,6 +99,17 @@ def test_every_objective_has_the_loss_and_gradients_of_the_whole(
             case = random_case(12, 41, bias="bias" in trainable, trainable=trainable)
             compare(case, "deft", {})
             compare(case, "cayley_trans", {})
+        for trainable in (
+            ["hidden", "low_rank_hidden", "low_rank_weight"],
+            ["low_rank_weight"],
+            ["hidden"],
+            ["hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight"],
+        ):
+            case = random_case(
+                12, 41, rank=3, bias=True, softcap=15.0, masked_share=0.25, trainable=trainable
+            )
+            compare(case, "deft", {})
+            compare(case, "cayley_trans", {})
         compare(random_case(64, 41), "deft", {}, skip_below=0.01)
         compare(random_case(12, 41, dtype=torch.float32), "deft", {}, 1e-5)
         compare(random_case(12, 41, dtype=torch.bfloat16), "deft", {}, 2e-2)
@@ -110,7 +122,7 @@ def test_edges_are_those_of_the_whole(world_size: int, tmp_path: Path) -> None:
     def on(rank: int) -> None:
         # Ranks without any token of the vocabulary; no targets; none that counts.
         for vocab_size in (1, 2, 5, 6):
-            compare(random_case(7, vocab_size, bias=True), "eaft", {"k": 3})
+            compare(random_case(7, vocab_size, bias=True, rank=2), "eaft", {"k": 3})
         compare(random_case(0, 41), "deft", {})
         compare(random_case(7, 41, masked_share=1.0), "cayley_trans", {})
         # Logits far apart on different ranks, and a part of the vocabulary that is -inf.

@@ -47,6 +47,10 @@ with_objectives = pytest.mark.parametrize(
 )
 
 
+# Arguments of a case that may require gradients.
+OPERANDS = ("hidden", "weight", "bias", "low_rank_hidden", "low_rank_weight")
+
+
 @dataclass(frozen=True)
 class Case:
     """Arguments of `linear_gated_loss`; tensors that require gradients are leaves."""
@@ -58,9 +62,11 @@ class Case:
     logit_scale: float = 1.0
     softcap: float | None = None
     ignore_index: int = -100
+    low_rank_hidden: Tensor | None = None
+    low_rank_weight: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
-        tensors = (self.hidden, self.weight, self.bias)
+        tensors = (getattr(self, name) for name in OPERANDS)
         return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
 
     def to(self, dtype: torch.dtype) -> Case:
@@ -72,15 +78,14 @@ class Case:
             return tensor.detach().to(dtype, copy=True).requires_grad_(tensor.requires_grad)
 
         return dataclasses.replace(
-            self,
-            hidden=converted(self.hidden),
-            weight=converted(self.weight),
-            bias=converted(self.bias),
+            self, **{name: converted(getattr(self, name)) for name in OPERANDS}
         )
 
     def logits(self) -> Tensor:
-        """softcap(scale * (hidden @ weight.T + bias)), differentiable, in the case's dtype."""
+        """softcap(scale * (hidden @ weight.T + low rank + bias)), differentiable, in the case's dtype."""
         logits = self.hidden @ self.weight.T
+        if self.low_rank_hidden is not None and self.low_rank_weight is not None:
+            logits = logits + self.low_rank_hidden @ self.low_rank_weight.T
         if self.bias is not None:
             logits = logits + self.bias
         logits = logits * self.logit_scale
@@ -92,19 +97,21 @@ def random_case(
     vocab_size: int = 50,
     *,
     hidden_size: int = 8,
+    rank: int = 0,
     dtype: torch.dtype = torch.float64,
     bias: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     masked_share: float = 0.0,
     logit_std: tuple[float, float] = (0.1, 10.0),
-    trainable: Sequence[str] = ("hidden", "weight", "bias"),
+    trainable: Sequence[str] = OPERANDS,
     identity: bool = False,
     seed: int = 0,
 ) -> Case:
     """Random hidden states whose rows go from undecided to certain predictions, half of them right.
 
     Args:
+        rank: columns of a low-rank addition to the weight; 0 for none.
         identity: make the weight the identity, so that hidden states are logits, without rounding.
         masked_share: share of the targets that hold ignore_index.
         logit_std: standard deviation of the first and of the last row's logits, roughly.
@@ -121,21 +128,30 @@ def random_case(
     weight = normal(vocab_size, hidden_size) / hidden_size**0.5
     if identity:
         weight = torch.eye(vocab_size, dtype=torch.float64)
+    low_rank_hidden = normal(count, rank) * spread.unsqueeze(1) if rank else None
+    low_rank_weight = normal(vocab_size, rank) / rank**0.5 if rank else None
     targets = torch.randint(vocab_size, (count,), generator=generator)
     right = torch.rand(count, generator=generator) < 0.5
-    targets = torch.where(right, (hidden @ weight.T).argmax(1), targets)
-    masked = torch.rand(count, generator=generator) < masked_share
     case = Case(
         hidden=hidden,
         weight=weight,
-        targets=targets.masked_fill(masked, -100).to(DEVICE),
-        bias=normal(vocab_size) if bias else None,
+        targets=targets,
         logit_scale=logit_scale,
         softcap=softcap,
+        low_rank_hidden=low_rank_hidden,
+        low_rank_weight=low_rank_weight,
+    )
+    linear = dataclasses.replace(case, logit_scale=1.0, softcap=None)
+    targets = torch.where(right, linear.logits().argmax(1), targets)
+    masked = torch.rand(count, generator=generator) < masked_share
+    case = dataclasses.replace(
+        case,
+        targets=targets.masked_fill(masked, -100).to(DEVICE),
+        bias=normal(vocab_size) if bias else None,
     )
     tensors = {
         name: tensor.to(DEVICE, dtype).requires_grad_(name in trainable)
-        for name in ("hidden", "weight", "bias")
+        for name in OPERANDS
         if (tensor := getattr(case, name)) is not None
     }
     return dataclasses.replace(case, **tensors)
@@ -147,12 +163,16 @@ def gated(path: str, case: Case, objective: str | Objective = "deft", **options:
     if path == "logits":
         options.pop("tile_rows", None)
         return gated_loss(case.logits(), case.targets, objective, **options)
+    low_rank = None
+    if case.low_rank_hidden is not None and case.low_rank_weight is not None:
+        low_rank = (case.low_rank_hidden, case.low_rank_weight)
     return linear_gated_loss(
         case.hidden,
         case.weight,
         case.targets,
         objective,
         bias=case.bias,
+        low_rank=low_rank,
         logit_scale=case.logit_scale,
         softcap=case.softcap,
         path=path,  # type: ignore[arg-type]

@@ -48,8 +48,12 @@ def shannon_entropy(probabilities: Tensor) -> Tensor:
 
 
 def _deformed(log_p: Tensor, focus: Tensor) -> Tensor:
+    """(1 - p^a) / a, or -log p where a is 0."""
+    exponent = focus * log_p
+    # The plain difference has no digits where a is tiny, and the gradient of expm1 none where p^a is.
+    difference = torch.where(exponent > -0.5, -torch.expm1(exponent), 1 - exponent.exp())
     safe_focus = torch.where(focus == 0, 1, focus)
-    return torch.where(focus == 0, -log_p, (1 - (focus * log_p).exp()) / safe_focus)
+    return torch.where(focus == 0, -log_p, difference / safe_focus)
 
 
 def _entropy_weight(

@@ -103,13 +103,41 @@ def test_targets_of_another_shape_are_refused(path: str) -> None:
             {"weight": torch.zeros(4, 8, dtype=torch.uint8)},
             "torch.uint8. A quantised lm_head is not supported",
         ),
+        ({"low_rank_weight": torch.zeros(5, 2)}, r"low_rank_weight must be .*4 .* is \(5, 2\)"),
+        ({"low_rank_weight": torch.zeros(4, 0)}, r"r at least 1; its shape is \(4, 0\)"),
+        ({"low_rank_weight": torch.zeros(8)}, r"low_rank_weight must be \(V, r\).*\(8,\)"),
+        ({"low_rank_weight": torch.zeros(4, 3)}, r"low_rank_hidden .* \(3, 3\); .*\(3, 2\)"),
+        ({"low_rank_hidden": torch.zeros(6)}, r"low_rank_hidden .* \(3, 2\); .*\(6,\)"),
+        (
+            {"low_rank_hidden": torch.zeros(3, 2, dtype=torch.int64)},
+            "low_rank_hidden must be floating; its dtype is torch.int64",
+        ),
+        (
+            {"low_rank_weight": torch.zeros(4, 2, dtype=torch.int8)},
+            "low_rank_weight must be floating; its dtype is torch.int8",
+        ),
+        (
+            {"low_rank_hidden": torch.zeros(3, 2, device="meta")},
+            "low_rank_hidden must be on weight's device, .*; it is on meta",
+        ),
+        (
+            {"low_rank_weight": torch.zeros(4, 2, device="meta")},
+            "low_rank_weight must be on weight's device, .*; it is on meta",
+        ),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(
     path: str, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        gated(path, dataclasses.replace(random_case(3, 4), **changed))
+        gated(path, dataclasses.replace(random_case(3, 4, rank=2), **changed))
+
+
+@pytest.mark.parametrize("low_rank", [torch.zeros(4, 2), (torch.zeros(3, 2),), (1.0, 2.0)], ids=str)
+def test_a_low_rank_that_is_no_pair_is_refused(low_rank: Any) -> None:
+    case = random_case(3, 4)
+    with pytest.raises(ValueError, match=r"low_rank must be a pair of tensors .* a (tuple|Tensor)"):
+        linear_gated_loss(case.hidden, case.weight, case.targets, low_rank=low_rank)
 
 
 @pytest.mark.parametrize(

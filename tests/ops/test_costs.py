@@ -17,24 +17,32 @@ from deft_plugin.ops import chunked
 from .cases import TILED_PATHS, gated, random_case
 
 COUNT, VOCAB_SIZE, HIDDEN_SIZE = 32, 500, 4
+LOW_RANK = ("low_rank_hidden", "low_rank_weight")
 
 
 class Recorder(TorchDispatchMode):
-    """Counts matrix products and keeps the size in bytes of the largest tensor."""
+    """Counts matrix products and keeps the size in bytes of the largest tensor that is none of `known`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *known: Tensor) -> None:
         super().__init__()
         self.products = 0
+        self.multiplications = 0
         self.largest = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.products += function.overloadpacket.__name__ in ("mm", "addmm", "addmm_")
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = (args if function.overloadpacket.__name__ == "mm" else args[1:])[:2]
+            self.products += 1
+            self.multiplications += left.numel() * right.size(1)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self.largest = max(self.largest, storage.nbytes())
         return result
 
 
@@ -93,6 +101,57 @@ def test_matrix_products_of_a_backward_pass_through_token_losses(
     with Recorder() as recorder:
         token_loss.backward(upstream)
     assert recorder.products == products
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize(
+    ("name", "trainable", "weights", "whole", "narrow"),
+    [
+        ("deft", [], None, 1, 1),
+        ("deft", LOW_RANK, None, 1, 3),
+        ("deft", ["hidden", *LOW_RANK], None, 2, 3),
+        ("deft", ["hidden", *LOW_RANK], "equal", 2, 3),
+        # The logits again, and the narrow gradient.
+        ("deft", ["hidden", *LOW_RANK], "different", 3, 5),
+        ("deft", ["hidden", "weight", *LOW_RANK], None, 3, 3),
+        ("deft", ["hidden", "weight", *LOW_RANK], "different", 5, 5),
+        ("cayley_trans", ["hidden", *LOW_RANK], None, 3, 4),
+    ],
+)
+def test_a_low_rank_has_narrow_products_beside_the_weights(
+    path: str, name: str, trainable: Sequence[str], weights: str | None, whole: int, narrow: int
+) -> None:
+    rank = 3
+    case = random_case(COUNT, VOCAB_SIZE, hidden_size=64, rank=rank, trainable=trainable)
+    with Recorder() as recorder:
+        result = gated(path, case, name, tile_rows=5)
+        if weights is not None:
+            upstream = torch.full_like(result.token_loss, 0.5)
+            upstream[0] += weights == "different"
+            result.token_loss.backward(upstream)
+        elif trainable:
+            result.loss.backward()
+    assert recorder.multiplications == COUNT * VOCAB_SIZE * (whole * 64 + narrow * rank)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("name", ["deft", "cayley_trans"])
+@pytest.mark.parametrize("weights", ["equal", "different"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_low_rank_on_a_frozen_weight_builds_nothing_of_its_size(
+    path: str, name: str, weights: str, dtype: torch.dtype
+) -> None:
+    case = random_case(
+        COUNT, VOCAB_SIZE, hidden_size=64, rank=2, dtype=dtype, trainable=["hidden", *LOW_RANK]
+    )
+    with Recorder(case.weight) as recorder:
+        token_loss = gated(path, case, name, tile_rows=4).token_loss
+        upstream = torch.ones_like(token_loss)
+        upstream[0] += weights == "different"
+        token_loss.backward(upstream)
+    assert case.low_rank_weight is not None
+    assert case.low_rank_weight.grad is not None
+    assert recorder.largest < case.weight.nbytes / 3
 
 
 @pytest.mark.parametrize("path", TILED_PATHS)

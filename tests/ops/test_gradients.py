@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -61,15 +62,17 @@ def test_the_gradient_in_the_logits_is_gate_times_error(
 def calls(draw: st.DrawFn) -> dict[str, Any]:
     """Arguments of a random call and of a random backward pass."""
     count = draw(st.integers(0, 9))
-    trainable = draw(st.lists(st.sampled_from(["hidden", "weight", "bias"]), min_size=1))
-    bias = draw(st.booleans())
-    if not bias and trainable and set(trainable) == {"bias"}:
-        bias = True
+    bias, rank = draw(st.booleans()), draw(st.sampled_from([0, 3]))
+    operands = ["hidden", "weight"]
+    operands += ["bias"] if bias else []
+    operands += ["low_rank_hidden", "low_rank_weight"] if rank else []
+    trainable = draw(st.lists(st.sampled_from(operands), min_size=1, unique=True))
     return {
         "case": {
             "count": count,
             "vocab_size": draw(st.sampled_from([2, 3, 7, 64, 1025])),
             "hidden_size": draw(st.integers(1, 5)),
+            "rank": rank,
             "bias": bias,
             "logit_scale": draw(st.sampled_from([1.0, 0.3, -1.5])),
             "softcap": draw(st.sampled_from([None, 4.0])),
@@ -89,7 +92,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "triton"])
 @given(call=calls())
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=400)
 def test_any_call_equals_the_formula(path: str, call: dict[str, Any]) -> None:
     _assert_call_equals_the_formula(path, call)
 
@@ -265,6 +268,49 @@ def test_gradients_of_a_tied_weight_add_up(path: str, name: str) -> None:
     (expected_gradient,) = torch.autograd.grad(expected, case.weight, retain_graph=True)
     (gradient,) = torch.autograd.grad(gated(path, tied, name).loss, case.weight)
     assert relative_error(gradient, expected_gradient) < 1e-10
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize("name", ["deft", "cayley_trans"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_fake_quantised_weight_passes_its_straight_through_gradient_on(
+    path: str, name: str, rank: int
+) -> None:
+    """Quantisation-aware training: the rounded weight is no leaf, and clipped entries learn nothing."""
+    case = random_case(12, 20, rank=rank, dtype=torch.float32, logit_std=(0.1, 3.0))
+    scale = case.weight.detach().abs().amax(1) / 5
+    zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    rounded = torch.fake_quantize_per_channel_affine(case.weight, scale, zero_point, 0, -4, 3)
+    scored = dataclasses.replace(case, weight=rounded)
+    leaves = case.leaves()
+    result, expected = gated(path, scored, name), formula(scored, name, {})
+    assert relative_error(result.token_loss, expected) < 1e-5
+    for weights in (torch.ones(12), torch.linspace(-1, 2, 12)):
+        losses = [(weights.to(loss) * loss).sum() for loss in (result.token_loss, expected)]
+        actual, exact = (torch.autograd.grad(loss, leaves, retain_graph=True) for loss in losses)
+        assert largest_error(actual, exact) < 1e-4
+        clipped = (case.weight / scale.unsqueeze(1)).round().abs() > 4
+        assert clipped.any()
+        assert (actual[1][clipped] == 0).all()
+
+
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize("name", ["deft", "cayley_trans"])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_weight_made_anew_in_each_call_may_be_frozen(path: str, name: str, rank: int) -> None:
+    """A quantised lm_head is dequantised for the call; what is added to it learns."""
+    case = random_case(12, 20, rank=rank, logit_std=(0.1, 3.0))
+    scale = case.weight.detach().abs().amax() / 7
+    stored = (case.weight.detach() / scale).round().to(torch.int8)
+    steps = []
+    for _ in range(2):
+        scored = dataclasses.replace(case, weight=stored.to(torch.float64) * scale)
+        result, expected = gated(path, scored, name), formula(scored, name, {})
+        actual, exact = gradients(result.loss, scored), gradients(expected.mean(), scored)
+        assert len(actual) == (3 if rank else 1)
+        assert largest_error(actual, exact) < 1e-10
+        steps.append(actual)
+    assert largest_error(*steps) == 0
 
 
 @pytest.mark.parametrize("path", PATHS)
