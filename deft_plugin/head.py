@@ -29,7 +29,7 @@ from .objectives import Objective, build_objective
 from .ops import CoreSettings, GatedLoss, linear_gated_loss
 from .own_forward import OwnForward, UnknownForwardError, ordinary_tokens
 from .quantization import cpu_weights_left_unpacked
-from .substitution import in_evaluation
+from .substitution import attribute_of, in_evaluation
 
 logger = logging.getLogger("deft_plugin")
 
@@ -180,6 +180,8 @@ class GatedHead:
                     {p.device for p in parameters if p.device.type not in ("cpu", "mps")}
                 ),
                 cpu_weights_left_unpacked(model),
+                # An objective may need the optimizer step's mean, which is not known yet.
+                attribute_of(self, "objective", build_objective("nll")),
             ):
                 self._gated_forward(model, input_ids=ids, labels=ids)
         except Exception as error:
