@@ -5,17 +5,27 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
+from axolotl.integrations.base import PluginManager
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import objective_class
 from ..ops import PATHS, CoreSettings, split_settings
+from .adjustments import DEFAULT_OBJECTIVE
 from .conflicts import find_conflicts
 
-DEFAULT_OBJECTIVE = "deft"
+INPUT_ARGS = f"{__name__}.DEFTArgs"
+
+
+def is_listed(cfg: Mapping[str, Any]) -> bool:
+    """Whether the plugin is in the configuration's own list, and not only in that of an earlier one."""
+    plugins = PluginManager.get_instance().plugins
+    listed = [plugins[name] for name in cfg.get("plugins") or () if name in plugins]
+    return any(plugin.get_input_args() == INPUT_ARGS for plugin in listed)
 
 
 def _signatures() -> str:
@@ -71,8 +81,7 @@ class DEFTArgs(BaseModel):
 
     Raises:
         pydantic.ValidationError: an unknown objective or parameter or one of the wrong type; a key that
-            starts with `deft` and is none of these; a key of Axolotl's that would replace or bypass
-            the objective.
+            starts with `deft` and is none of these; a key of Axolotl's under which another objective would be trained.
     """
 
     deft: DEFTSettings = Field(
@@ -90,6 +99,8 @@ class DEFTArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_conflicts(cls, data: Any) -> Any:
+        if not is_listed(data):
+            return data
         problems = [*_unknown_keys(data), *find_conflicts(data)]
         if problems:
             raise ValueError("deft_plugin: " + "\n  ".join(problems))

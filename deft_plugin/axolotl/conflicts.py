@@ -1,4 +1,4 @@
-"""Keys of an Axolotl YAML under which the objective would not be what trains, each with what to do instead."""
+"""Keys of an Axolotl YAML under which another objective would be trained, each with what to do instead."""
 
 from __future__ import annotations
 
@@ -6,28 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..lora import targets_lm_head
+from .adjustments import DEFAULT_OBJECTIVE, TOKEN_SCALING, is_on
 
-_OTHER_LOSSES = {
-    "liger_fused_linear_cross_entropy": "Remove it: the gated head is fused already, and Liger's other "
-    "kernels (liger_rope, liger_rms_norm, ...) can stay.",
-    "liger_cross_entropy": "Remove it: the gated head builds no logits that it could be applied to.",
-    "liger_use_token_scaling": "Remove it, and set `deft_objective: dft` for its loss.",
-    "cut_cross_entropy": "Set `cut_cross_entropy: false`, or remove CutCrossEntropyPlugin: the gated head "
-    "builds no logits either.",
-    "chunked_cross_entropy": "Remove it: the gated head works in tiles already.",
-    "use_eaft": "Remove it, and set `deft_objective: eaft`.",
-    "eaft_alpha": "Set `deft_objective: eaft` and `deft: {exponent: ...}`.",
-    "eaft_k": "Set `deft_objective: eaft` and `deft: {k: ...}`.",
-    "label_smoothing_factor": "Remove it: an objective defines its own gradient on every token.",
-    "rl": "The objectives are for supervised fine-tuning: remove `rl`, or the plugin.",
-    "orpo_alpha": "The objectives are for supervised fine-tuning: remove it, or the plugin.",
-    "reward_model": "A reward model has no language-model head: remove it, or the plugin.",
-    "process_reward_model": "A reward model has no language-model head: remove it, or the plugin.",
-    "num_labels": "A classifier has no language-model head: remove it, or the plugin.",
+_SUPERVISED = "The objectives are for supervised fine-tuning of a language model"
+_OTHER_OBJECTIVES = {
+    "rl": f"{_SUPERVISED}: remove `rl`, or the plugin.",
+    "reward_model": f"{_SUPERVISED}: remove it, or the plugin.",
+    "process_reward_model": f"{_SUPERVISED}: remove it, or the plugin.",
     "kd_trainer": "Distillation has a loss of its own: remove it, or the plugin.",
     "trainer_cls": "The plugin brings its own trainer: remove it, or the plugin.",
-    "qat": "The gated head uses the lm_head's weight directly, without its fake quantisation: remove it, or "
-    "the plugin.",
+    "label_smoothing_factor": "An objective defines its own gradient on every token (and Axolotl ignores the key): "
+    "remove it.",
 }
 _SPLIT_MODELS = {
     "context_parallel_size": "tokens of a sequence would be on several ranks",
@@ -39,14 +28,10 @@ _SPLIT_MODELS = {
 
 def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a raw YAML, one sentence each: the key, its value, what to do instead."""
-    for key, instead in _OTHER_LOSSES.items():
+    for key, instead in _OTHER_OBJECTIVES.items():
         if data.get(key):
-            yield f"`{key}: {_shown(data[key])}` would replace the objective. {instead}"
-    # The key's default is true where its plugin is listed.
-    if "cut_cross_entropy" not in data and any(
-        str(name).endswith("CutCrossEntropyPlugin") for name in data.get("plugins") or ()
-    ):
-        yield f"CutCrossEntropyPlugin would replace the objective. {_OTHER_LOSSES['cut_cross_entropy']}"
+            yield f"`{key}: {_shown(data[key])}` would train another objective. {instead}"
+    yield from _find_weighted_cross_entropies(data)
     for key in ("type_of_model", "model_type"):
         if "Classification" in str(data.get(key)):
             yield f"`{key}: {data[key]}` has no language-model head. Remove it, or the plugin."
@@ -56,13 +41,37 @@ def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
                 f"`{key}: {data[key]}` is not supported: {reason}. Set it to 1; DDP, FSDP2, ZeRO and gradient "
                 "checkpointing work."
             )
-    for key in ("lora_target_modules", "lora_target_parameters"):
-        if targets_lm_head(data.get(key)):
-            yield (
-                f"`{key}: {data[key]}` puts an adapter on lm_head, whose weight is used directly, so that "
-                "the adapter would not be trained. Remove lm_head from it; to train the head, set "
-                "`lora_modules_to_save: [lm_head]`."
-            )
+    yield from _find_lm_head_adapters(data)
+
+
+def _find_weighted_cross_entropies(data: Mapping[str, Any]) -> Iterator[str]:
+    if is_on(data.get("use_eaft")):
+        k, alpha = data.get("eaft_k") or 20, data.get("eaft_alpha")
+        yield (
+            "`use_eaft: true` would train another objective. Remove it, and set `deft_objective: eaft`; with "
+            f"`deft: {{k: {k}, exponent: {1.0 if alpha is None else alpha}, normalizer: 1.0}}` it is Axolotl's."
+        )
+    if is_on(data.get(TOKEN_SCALING)) and data.get("deft_objective", DEFAULT_OBJECTIVE) != "dft":
+        yield (
+            f"`{TOKEN_SCALING}: true` would train another objective. Remove it, or set `deft_objective: dft`, which "
+            "is its loss."
+        )
+
+
+def _find_lm_head_adapters(data: Mapping[str, Any]) -> Iterator[str]:
+    instead = (
+        "Remove lm_head from it; to train the head whole, set `lora_modules_to_save: [lm_head]`."
+    )
+    if is_on(data.get("peft_use_dora")) and targets_lm_head(data.get("lora_target_modules")):
+        yield (
+            "`peft_use_dora: true` and lm_head in `lora_target_modules`: with DoRA the logits are not linear in the "
+            f"hidden states with one weight and one low-rank addition. {instead}"
+        )
+    if targets_lm_head(data.get("lora_target_parameters")):
+        yield (
+            f"`lora_target_parameters: {data['lora_target_parameters']}` puts an adapter on lm_head's parameter, "
+            f"which the gated head does not know. {instead} `lora_target_modules: [lm_head]` works too."
+        )
 
 
 def _shown(value: Any) -> str:

@@ -1,14 +1,14 @@
 """`plugins: [deft_plugin.axolotl.DEFTPlugin]`: Axolotl's hooks.
 
 The order in which Axolotl calls them: register, get_input_args and validation, pre_model_load, get_training_args,
-get_trainer_cls, add_callbacks_post_trainer. What can be refused is refused by the first two.
+get_trainer_cls, add_callbacks_post_trainer. What can be refused is refused by the first two. It calls them also for a
+configuration without the plugin, after one with it in the same process.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.distributed import is_main_process
@@ -17,10 +17,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from ..head import gated_head_of
 from ..objectives import Objective, build_objective
 from ..ops.availability import chooses_triton
-from .args import DEFTSettings
+from .adjustments import adjust
+from .args import INPUT_ARGS, DEFTSettings, is_listed
 from .trainer import DEFTTrainer
 
-_LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 _LOWER_IS_BETTER = ("nll", "perplexity", "ppl")
 
 
@@ -28,31 +28,19 @@ class DEFTPlugin(BasePlugin):
     """Trains with the objective named by `deft_objective` and the parameters in the `deft` block."""
 
     def register(self, cfg: Any) -> None:
-        """Keep Axolotl from switching on LoRA kernels where they cannot run."""
-        if (
-            cfg.get("adapter") in ("lora", "qlora")
-            and not torch.accelerator.is_available()
-            and all(cfg.get(name) is None for name in _LORA_KERNELS)
-        ):
-            cfg.update(dict.fromkeys(_LORA_KERNELS, False))
-            _say("no accelerator: Axolotl's LoRA kernels (lora_*_kernel) are set to false.")
+        """Switch off what the gated head takes the place of, and what cannot run here."""
+        if is_listed(cfg):
+            for change in adjust(cfg):
+                _say(change)
 
     def get_input_args(self) -> str:
         """Where the schema of the plugin's keys is."""
-        return "deft_plugin.axolotl.args.DEFTArgs"
+        return INPUT_ARGS
 
     def pre_model_load(self, cfg: DictDefault) -> None:
-        """Refuse what only shows when the model's configuration and the other plugins are known."""
-        if cfg.is_multimodal or cfg.processor_type:
-            raise ValueError(
-                f"base_model: {cfg.base_model} is multi-modal, and deft_plugin supports text-only causal "
-                "LMs. Load the language model alone, or remove the plugin."
-            )
-        if cfg.model_config_type == "mamba":
-            raise ValueError(
-                f"base_model: {cfg.base_model} is of type mamba, for which Axolotl has a trainer with a "
-                "loss of its own. Remove the plugin."
-            )
+        """Refuse what only shows when the other plugins have seen the configuration."""
+        if not is_listed(cfg):
+            return
         for name, plugin in PluginManager.get_instance().plugins.items():
             if plugin is not self and name in cfg.plugins:
                 other = plugin.get_trainer_cls(cfg)
@@ -64,6 +52,8 @@ class DEFTPlugin(BasePlugin):
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any]:
         """What Axolotl's own training arguments must be set to."""
+        if not is_listed(cfg):
+            return {}
         # Axolotl sets False: tokens would then be counted on each rank alone.
         arguments: dict[str, Any] = {"average_tokens_across_devices": True}
         metric = str(cfg.metric_for_best_model or "").removeprefix("eval_")
@@ -75,14 +65,16 @@ class DEFTPlugin(BasePlugin):
             arguments["greater_is_better"] = False
         return arguments
 
-    def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer]:
+    def get_trainer_cls(self, cfg: DictDefault) -> type[Trainer] | None:
         """The trainer with a gated head."""
-        return DEFTTrainer
+        return DEFTTrainer if is_listed(cfg) else None
 
     def add_callbacks_post_trainer(
         self, cfg: DictDefault, trainer: Trainer
     ) -> list[TrainerCallback]:
         """Install the gated head, say so in one line, and have it checked when training begins."""
+        if not is_listed(cfg):
+            return []
         if not isinstance(trainer, DEFTTrainer):
             raise RuntimeError(
                 f"The trainer is a {type(trainer).__name__}, not the {DEFTTrainer.__name__} of deft_plugin: "

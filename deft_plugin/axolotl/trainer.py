@@ -25,20 +25,16 @@ class _LogOfTokens(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the window, and make Axolotl's exp(loss) the exp(nll) that it stands for."""
         if self._gated is not None:
-            # Trainer's own training log, which every rank writes: the means are collective.
-            if "loss" in logs:
-                logs.update(self._gated.train_means(self.args.device))
-                _replace(logs, "ppl", "perplexity")
-            if "eval_ppl" in logs:
-                _replace(logs, "eval_ppl", "eval_perplexity")
+            self._gated.add_means(logs, self.args.device)
+            for prefix in ("", "eval_"):
+                _replace(logs, f"{prefix}ppl", f"{prefix}perplexity")
         super().log(logs, start_time)
 
 
 def _replace(logs: dict[str, float], name: str, source: str) -> None:
+    logs.pop(name, None)
     if source in logs:
         logs[name] = logs[source]
-    else:
-        logs.pop(name, None)
 
 
 class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
@@ -72,7 +68,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         self._gated = GatedTraining(self, head)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._installed().start_training()
+        self._installed()
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,13 +76,30 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         self._installed().start_step(self, batches)
         return batches, num_items_in_batch
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._installed().scoring(training=True):
-            return super().training_step(*args, **kwargs)
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        with self._installed().scoring(training=True, batch=inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self._installed().scoring(training=False, rows=own_rows(self, inputs["labels"])):
-            return super().prediction_step(model, inputs, *args, **kwargs)
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        labels = inputs.get("labels")
+        if labels is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with self._installed().scoring(False, own_rows(self, labels), inputs):
+            loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        # Axolotl's tables of predictions and its benchmark want logits: a forward pass more.
+        unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+        _, logits, _ = super().prediction_step(model, unlabelled, False, ignore_keys)
+        return loss, logits, self._prepare_input(labels)
 
     def evaluation_loop(
         self,
@@ -97,10 +110,10 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         metric_key_prefix: str = "eval",
     ) -> Any:
         gated = self._installed()
-        gated.start_evaluation()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        with gated.evaluating(dataloader):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         # In the output rather than in the log alone, so that metric_for_best_model: eval_nll works.
         means = gated.eval_means(self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})

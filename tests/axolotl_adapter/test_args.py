@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from axolotl.integrations.base import PluginManager
+from axolotl.monkeypatch.loss.eaft import eaft_loss
 from pydantic import ValidationError
 
+from deft_plugin import gated_loss
 from deft_plugin.axolotl.args import DEFTArgs
 from deft_plugin.objectives import build_objective
 
-from .running import PLUGIN, configuration, validate
+from .running import LIGER, PLUGIN, configuration, validate
 
 NO_FILES = Path("nothing-is-read")
 
@@ -90,14 +95,10 @@ def test_a_wrong_key_or_value_is_named_with_the_choices(
 @pytest.mark.parametrize(
     ("keys", "instead"),
     [
-        ({"liger_fused_linear_cross_entropy": True}, "Remove it"),
-        ({"liger_cross_entropy": True}, "Remove it"),
-        ({"cut_cross_entropy": True, "bf16": True}, "cut_cross_entropy: false"),
-        ({"chunked_cross_entropy": True}, "Remove it"),
         ({"use_eaft": True}, "deft_objective: eaft"),
-        ({"eaft_k": 5}, "deft: {k: ...}"),
-        ({"eaft_alpha": 2.0}, "deft: {exponent: ...}"),
-        ({"label_smoothing_factor": 0.1}, "Remove it"),
+        ({"use_eaft": "yes", "eaft_k": 5}, "k: 5, exponent: 1.0"),
+        ({"use_eaft": True, "eaft_alpha": 2.0}, "k: 20, exponent: 2.0"),
+        ({"label_smoothing_factor": 0.1}, "remove it"),
         ({"rl": "dpo", "beta": 0.1}, "or the plugin"),
         ({"rl": "orpo", "orpo_alpha": 0.1}, "or the plugin"),
         ({"rl": "kto", "remove_unused_columns": False}, "or the plugin"),
@@ -108,27 +109,28 @@ def test_a_wrong_key_or_value_is_named_with_the_choices(
         ({"model_type": "AutoModelForSequenceClassification"}, "or the plugin"),
         ({"type_of_model": "AutoModelForTokenClassification"}, "or the plugin"),
         ({"trainer_cls": "transformers.Trainer"}, "or the plugin"),
-        ({"qat": {"weight_dtype": "int8"}}, "or the plugin"),
         ({"context_parallel_size": 2}, "Set it to 1"),
         ({"sequence_parallel_degree": 4}, "Set it to 1"),
         ({"tensor_parallel_size": 2}, "Set it to 1"),
         ({"expert_parallel_size": 2}, "Set it to 1"),
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, "lora_modules_to_save: [lm_head]"),
-        ({"lora_target_modules": "q_proj|lm_head"}, "lora_modules_to_save: [lm_head]"),
         (
-            {"lora_target_linear": True, "lora_target_modules": ["model.lm_head"]},
+            {"peft_use_dora": True, "lora_target_modules": ["q_proj", "lm_head"]},
+            "lora_modules_to_save: [lm_head]",
+        ),
+        (
+            {"peft_use_dora": True, "lora_target_modules": "q_proj|lm_head"},
             "lora_modules_to_save: [lm_head]",
         ),
         ({"lora_target_parameters": ["lm_head.weight"]}, "lora_modules_to_save: [lm_head]"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_what_would_bypass_the_objective_is_refused_with_what_to_do_instead(
+def test_what_would_train_another_objective_is_refused_with_what_to_do_instead(
     keys: dict[str, Any], instead: str
 ) -> None:
     message = error_of(**keys)
     assert "deft_plugin" in message
-    assert next(reversed(keys)) in message or next(iter(keys)) in message
+    assert next(iter(keys)) in message
     assert instead in message
 
 
@@ -138,10 +140,41 @@ def test_all_conflicts_are_named_at_once() -> None:
         assert f"`{key}" in message or f"'{key}'" in message
 
 
-def test_cut_cross_entropy_is_refused_where_only_its_plugin_is_listed() -> None:
-    other = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
-    assert "CutCrossEntropyPlugin" in error_of(plugins=[other, PLUGIN])
-    validate(configuration(NO_FILES, NO_FILES, plugins=[other, PLUGIN], cut_cross_entropy=False))
+def test_token_scaling_is_the_objective_dft() -> None:
+    keys = {"liger_use_token_scaling": True, "liger_fused_linear_cross_entropy": True}
+    assert "deft_objective: dft" in error_of(**keys, plugins=[LIGER, PLUGIN])
+    assert "deft_objective: dft" in error_of(**keys, plugins=[PLUGIN, LIGER])
+    cfg = validate(
+        configuration(NO_FILES, NO_FILES, **keys, plugins=[LIGER, PLUGIN], deft_objective="dft")
+    )
+    assert [cfg[key] for key in keys] == [False, False]
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0])
+def test_the_way_out_of_axolotls_eaft_is_its_loss(alpha: float) -> None:
+    logits = (
+        4 * torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    ).requires_grad_()
+    labels = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels[0, :4] = -100
+    own = eaft_loss(SimpleNamespace(logits=logits), labels, alpha=alpha, k=5)
+    parameters = {"k": 5, "exponent": alpha, "normalizer": 1.0}
+    loss = gated_loss(logits[:, :-1], labels[:, 1:], "eaft", parameters=parameters).loss
+    torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, own)))
+
+
+def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() -> None:
+    validate(configuration(NO_FILES, NO_FILES))
+    values = configuration(NO_FILES, NO_FILES, plugins=[LIGER], use_eaft=True, deft_objectiv="nll")
+    cfg = validate({**values, "liger_cross_entropy": True})
+    assert cfg.liger_cross_entropy is True
+    manager = PluginManager.get_instance()
+    assert PLUGIN in manager.plugins
+    manager.pre_model_load(cfg)
+    assert manager.get_trainer_cls(cfg) is None
+    assert manager.get_training_args(cfg) == {}
+    assert manager.add_callbacks_post_trainer(cfg, None) == []
 
 
 @pytest.mark.parametrize(
@@ -150,6 +183,10 @@ def test_cut_cross_entropy_is_refused_where_only_its_plugin_is_listed() -> None:
         {"liger_rope": True, "liger_rms_norm": True, "liger_glu_activation": True},
         {"adapter": "lora", "lora_target_linear": True, "lora_r": 4, "lora_alpha": 8},
         {"adapter": "lora", "lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8},
+        {"adapter": "lora", "lora_target_modules": ["lm_head"], "lora_r": 4, "lora_alpha": 8},
+        {"eaft_k": 5, "eaft_alpha": 2.0},
+        {"qat": {"weight_dtype": "int4", "activation_dtype": "int8"}},
+        {"processor_type": "AutoProcessor"},
         {
             "adapter": "lora",
             "lora_target_modules": ["q_proj"],

@@ -12,15 +12,15 @@ from axolotl.core.trainers import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader
 from axolotl.utils.dict import DictDefault
+from transformers import AutoModelForCausalLM
 
 from deft_plugin import build_objective, gated_head_of
 from deft_plugin.axolotl import DEFTPlugin
 from deft_plugin.ops import CoreSettings
-from tests.updates import make_rows
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.updates import formula_mean, make_rows
 
 from .running import LORA, PLUGIN, QLORA, configuration, make_trainer, validate
-
-KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 
 class OtherTrainerPlugin(BasePlugin):
@@ -79,17 +79,6 @@ def test_training_lowers_the_loss(
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_lora_kernels_are_off_without_an_accelerator_unless_asked_for(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert not torch.accelerator.is_available()
-    cfg = validate(configuration(Path("a"), Path("b"), **LORA))
-    assert [cfg[name] for name in KERNELS] == [False] * 4
-    assert "lora_*_kernel" in capsys.readouterr().out
-    asked = validate(configuration(Path("a"), Path("b"), **LORA, lora_mlp_kernel=True))
-    assert asked.lora_mlp_kernel is True
-
-
 @pytest.mark.parametrize("other_first", [True, False])
 def test_a_plugin_with_a_trainer_of_its_own_is_refused_before_the_model_loads(
     base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_first: bool
@@ -102,25 +91,11 @@ def test_a_plugin_with_a_trainer_of_its_own_is_refused_before_the_model_loads(
         make_trainer(values, make_rows(4))
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"is_multimodal": True}, "multi-modal"),
-        ({"processor_type": "AutoProcessor"}, "multi-modal"),
-        ({"model_config_type": "mamba"}, "mamba"),
-    ],
-)
-def test_an_unsupported_model_is_refused_before_it_loads(
-    keys: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        DEFTPlugin().pre_model_load(DictDefault(base_model="m", plugins=[PLUGIN], **keys))
-
-
 def test_a_trainer_of_another_class_stops_the_run() -> None:
+    cfg = validate(configuration(Path("a"), Path("b")))
     trainer = object.__new__(AxolotlTrainer)
     with pytest.raises(RuntimeError, match="AxolotlTrainer, not the DEFTTrainer"):
-        DEFTPlugin().add_callbacks_post_trainer(DictDefault(), trainer)
+        PluginManager.get_instance().add_callbacks_post_trainer(cfg, trainer)
 
 
 def _lose_head(trainer: Any) -> None:
@@ -202,3 +177,14 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "axolotl.core.trainers", None)
     with pytest.raises(RuntimeError, match="deft doctor"):
         PluginManager.get_instance().register(PLUGIN)
+
+
+def test_mamba_trains_on_its_labels(tmp_path: Path) -> None:
+    model = tiny_model("mamba", state_size=4, num_heads=2)
+    model.save_pretrained(tmp_path / "mamba")
+    tiny_tokenizer().save_pretrained(tmp_path / "mamba")
+    rows = make_rows(4)
+    trainer = make_trainer(configuration(tmp_path / "mamba", tmp_path), rows)
+    trainer.train()
+    expected = formula_mean(AutoModelForCausalLM.from_pretrained(tmp_path / "mamba"), rows, "deft")
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
