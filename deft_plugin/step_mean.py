@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from .head import GatedHead
 from .objectives import build_objective
 from .ops import GatedLoss
+from .parallelism import parts_of
 
 DEFAULT_DECAY = 0.9
 # Not the callback's name: transformers would make an object of that class anew.
@@ -101,7 +102,9 @@ class StepMean(TrainerCallback):
                 head.observed_by(lambda gated: totals.append(_sums_of(gated))),
             ):
                 for batch in batches:
-                    model(**trainer._prepare_inputs(batch))
+                    context, inputs = parts_of(trainer, model, batch)
+                    with context:
+                        model(**trainer._prepare_inputs(inputs))
         finally:
             head.objective, head.with_entropy = objective, with_entropy
         return _mean(sum(totals, torch.zeros(2)), device)

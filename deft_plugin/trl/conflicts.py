@@ -11,6 +11,8 @@ from accelerate.parallelism_config import ParallelismConfig
 
 from ..head import causal_lm_of, check_model
 from ..lora import targets_lm_head
+from ..parallelism import check_couples_no_parts
+from .config import objective_of
 
 
 def check_conflicts(trainer_class: type, arguments: dict[str, Any], loss_type: str) -> None:
@@ -43,7 +45,7 @@ def _check_rows(name: str, dataset: Any) -> None:
 def check_settings(args: Any, peft_config: Any, loss_type: str) -> None:
     """What `check_conflicts` sees in the training arguments and the adapter's configuration alone."""
     _check_other_losses(args, None, loss_type)
-    _check_parallelism(args, loss_type)
+    _check_parallelism(args)
     _check_lm_head_adapter(peft_config, loss_type)
 
 
@@ -74,20 +76,17 @@ def _check_other_losses(args: Any, compute_loss_func: Any, loss_type: str) -> No
         )
 
 
-def _check_parallelism(args: Any, loss_type: str) -> None:
-    """Refuse what splits a sequence over ranks; TRL trains the model's own loss under one form of it."""
+def _check_parallelism(args: Any) -> None:
+    """Refuse an objective that would couple the tokens of parts of sequences, where these are on several ranks."""
     parallelism = args.parallelism_config
     # What `accelerate launch` passes on; Accelerator reads the sizes from the environment too.
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
         parallelism = ParallelismConfig()
+    objective = objective_of(args)
     for name in ("cp_size", "sp_size"):
         size = getattr(parallelism, name, None)
-        if size is not None and size > 1:
-            raise ValueError(
-                f"parallelism_config.{name}={size} splits sequences over ranks, which loss_type={loss_type!r} "
-                f"does not support. Set {name}=1 and use data parallelism (DDP, FSDP, ZeRO), or train with "
-                "loss_type='nll'."
-            )
+        if objective is not None and size is not None and size > 1:
+            check_couples_no_parts(objective, f"parallelism_config.{name}={size}")
 
 
 def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:

@@ -31,6 +31,7 @@ from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head
 from ..objectives import Objective
 from ..ops import CoreSettings
 from ..ops.availability import chooses_triton
+from ..parallelism import check_lengths, count_tokens_of_step, scoring_parts
 from ..quantization import keep_cpu_weights_unpacked
 from ..substitution import attribute_of
 from ..training import GatedTraining, own_rows
@@ -124,6 +125,8 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         batches, num_items_in_batch = original["get_batch_samples"](self, *args, **kwargs)
         gating = _gating_of(self)
         if gating is not None:
+            check_lengths(self, batches)
+            num_items_in_batch = count_tokens_of_step(self, batches, num_items_in_batch)
             gating.start_step(self, batches)
         return batches, num_items_in_batch
 
@@ -163,7 +166,8 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         wants_logits = not HAS_FUSED_HEAD and inputs.get("_prediction_loss_only") is False
         # transformers asks Liger's cross-entropy for it, which is switched off.
         inputs.pop("skip_logits", None)
-        with _stand_in(self.args, STAND_IN_LOSS_TYPE):
+        parts = scoring_parts(self, num_items_in_batch)
+        with _stand_in(self.args, STAND_IN_LOSS_TYPE), parts:
             result = original["compute_loss"](
                 self, model, inputs, return_outputs, num_items_in_batch
             )

@@ -117,18 +117,21 @@ def test_cross_entropy_of_liger(tmp_path: Path, kernels: dict[str, bool]) -> Non
     refuse(args, r"Liger's cross-entropy would replace loss_type='deft'.*(liger|Remove)")
 
 
+COUPLED = {"loss_type": "cayley_trans", "loss_kwargs": {"scope": "micro_batch"}}
+
+
 @pytest.mark.parametrize("size", ["cp_size", "sp_size"])
-def test_sequences_split_over_ranks(tmp_path: Path, size: str) -> None:
-    args = config(tmp_path)
+def test_coupled_tokens_of_parts_of_sequences(tmp_path: Path, size: str) -> None:
+    args = config(tmp_path, **COUPLED)
     args.parallelism_config = ParallelismConfig(**{size: 2})
-    refuse(args, rf"parallelism_config\.{size}=2 .*loss_type='deft'.*{size}=1")
+    refuse(args, rf"parallelism_config\.{size}=2 .*scope='micro_batch'.*'ema' or 'global'")
 
 
 @pytest.mark.parametrize("size", ["CP_SIZE", "SP_SIZE"])
-def test_sequences_split_over_ranks_by_accelerate_launch(
+def test_coupled_tokens_of_parts_of_sequences_by_accelerate_launch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    args = config(tmp_path)
+    args = config(tmp_path, **COUPLED)
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
     refuse(args, rf"parallelism_config\.{size.lower()}=2 ")

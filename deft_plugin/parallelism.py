@@ -1,0 +1,149 @@
+"""Sequences in parts on several ranks: what of a step's loss has to be done so that it is that of one process.
+
+A token is scored where its label stands, and a step's loss is a sum over tokens divided by their number on all ranks. So
+it does not matter which rank has which tokens, as long as labels are shifted before a sequence is cut
+(`shift_labels`), the count is that of the whole step, and averaging over ranks is undone. transformers' Trainer sees to
+that under accelerate's context parallelism. Under DeepSpeed's sequence parallelism (Ulysses) it takes a mean of
+micro-batches' means, which `step_loss` replaces. Axolotl's ring attention is in `axolotl.ring_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, distributed
+
+from .objectives import Objective
+from .objectives.family import CayleyTrans
+from .substitution import attribute_of
+
+
+def check_couples_no_parts(objective: Objective, setting: str) -> None:
+    """Raise `ValueError` for an objective that couples the tokens of a forward pass, where these are of parts of sequences.
+
+    One whose coupling is a scope that trainers provide for is not refused.
+
+    Args:
+        objective: as it is configured.
+        setting: what cuts the sequences, for the message.
+    """
+    if objective.couples_tokens and objective.step_scope is None:
+        instead = (
+            "Set scope to 'ema' or 'global', which do not depend on how a step is split"
+            if isinstance(objective, CayleyTrans)
+            else "Use an objective that couples no tokens"
+        )
+        raise ValueError(
+            f"{setting} puts parts of a sequence on several ranks, and {objective!r} couples the tokens of one forward "
+            f"pass, which would be those of one rank's parts. {instead}, or set it to 1."
+        )
+
+
+def splits_sequences(trainer: Any) -> bool:
+    """Whether a rank has parts of sequences in training."""
+    parallelism = _parallelism_of(trainer)
+    return parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1
+
+
+def check_lengths(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ValueError` for a batch that accelerate's context parallelism would cut into unequal parts."""
+    size: int = trainer.get_cp_size()
+    lengths = [batch["input_ids"].size(1) for batch in batches] if size > 1 else []
+    for length in lengths:
+        # Each rank has one part of a sequence's first half and one of its second, which makes their work equal.
+        if length % (2 * size):
+            raise ValueError(
+                f"A batch has sequences of {length:,} tokens, which cp_size={size} cannot cut into {2 * size} equal parts. "
+                f"Set pad_to_multiple_of={2 * size}."
+            )
+
+
+def count_tokens_of_step(
+    trainer: Any, batches: Sequence[Mapping[str, Any]], num_items_in_batch: Tensor | int | None
+) -> Tensor | int | None:
+    """Number of scored tokens of an optimizer step on all ranks; `num_items_in_batch` where that is it. Collective.
+
+    transformers' Trainer counts none under Ulysses, whose batches have `shift_labels` alone.
+    """
+    if _ulysses_size(trainer) == 1 or not batches:
+        return num_items_in_batch
+    counts = [batch["shift_labels"].ne(-100).sum() for batch in batches]
+    total = torch.stack(counts).sum().to(trainer.args.device)
+    distributed.all_reduce(total)
+    return total
+
+
+def scoring_parts(
+    trainer: Any, num_items_in_batch: Tensor | int | None
+) -> AbstractContextManager[None]:
+    """A context in which the trainer's own `compute_loss` gives the loss over the whole optimizer step under Ulysses.
+
+    In training, transformers' Trainer gives a mean of micro-batches' means there, with a gradient that is as many times
+    too large as ranks share a sequence: its sum over these ranks is summed once more by DeepSpeed.
+    """
+    size = _ulysses_size(trainer)
+    if size == 1 or num_items_in_batch is None:
+        return nullcontext()
+
+    def compute_loss(
+        accelerator: Any, model: Any, inputs: dict[str, Any], return_outputs: bool, *_: Any
+    ) -> Any:
+        outputs = model(**inputs)
+        # DeepSpeed sums gradients over the ranks that share sequences, and averages over the others.
+        loss = step_loss(trainer, outputs, num_items_in_batch) / size
+        # The log has the mean over all ranks.
+        loss = loss + (size - 1) * loss.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    return attribute_of(transformers.trainer, "deepspeed_sp_compute_loss", compute_loss)
+
+
+def step_loss(trainer: Any, outputs: Any, num_items_in_batch: Tensor | int) -> Tensor:
+    """This rank's and micro-batch's loss (), whose mean over ranks, summed over micro-batches, is that of the step.
+
+    Args:
+        trainer: transformers' Trainer.
+        outputs: of a gated forward without `num_items_in_batch`.
+        num_items_in_batch: scored tokens of the step on all ranks.
+    """
+    ranks = trainer.accelerator.num_processes // trainer.get_tp_size()
+    tokens = outputs.token_loss.sum()
+    loss = tokens * ranks / torch.as_tensor(num_items_in_batch).clamp(min=1).to(tokens.device)
+    if outputs.aux_loss is not None:
+        # A mixture's auxiliary loss is a mean over micro-batches.
+        auxiliary = outputs.loss - tokens / outputs.label_mask.sum().clamp(min=1)
+        loss = loss + auxiliary / trainer.current_gradient_accumulation_steps
+    return loss
+
+
+def parts_of(
+    trainer: Any, model: Any, batch: Mapping[str, Any]
+) -> tuple[AbstractContextManager[Any], dict[str, Any]]:
+    """A context and inputs in it for a forward pass beside training, by which `batch` stays whole.
+
+    accelerate's context parallelism cuts a batch's tensors in place.
+    """
+    inputs = dict(batch)
+    if trainer.get_cp_size() > 1:
+        inputs = {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+    context, inputs = trainer._prepare_context_parallel_inputs(model, inputs)
+    return context(), inputs
+
+
+def _ulysses_size(trainer: Any) -> int:
+    parallelism = _parallelism_of(trainer)
+    if parallelism is None or parallelism.sp_backend != "deepspeed":
+        return 1
+    size: int = parallelism.sp_size
+    return size
+
+
+def _parallelism_of(trainer: Any) -> Any:
+    return getattr(trainer.accelerator, "parallelism_config", None)
