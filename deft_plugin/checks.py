@@ -252,16 +252,14 @@ def check_batch(name: str, batch: Mapping[str, Any], model: PreTrainedModel) -> 
                 f"{name}: the first batch has {int(wrong.sum()):,} {column} outside the model's vocabulary "
                 f"[0, {size:,}), the first: {int(ids[wrong][0]):,}. {_REMEDY}"
             )
-    targets = batch.get(labels)
-    if isinstance(targets, Tensor):
-        # The first token's label is never scored.
-        targets = targets[..., 1:] if labels == "labels" else targets
-        if not (targets != _IGNORED).any():
-            logger.warning(
-                "%s: the first batch has no token to train on. Check the labels, the prompt's part of each row and "
-                "max_length.",
-                name,
-            )
+    targets = batch.get("labels")
+    # The first token's label is never scored. Without labels, shift_labels are a part of a sequence's.
+    if isinstance(targets, Tensor) and not (targets[..., 1:] != _IGNORED).any():
+        logger.warning(
+            "%s: the first batch has no token to train on. Check the labels, the prompt's part of each row and "
+            "max_length.",
+            name,
+        )
 
 
 def _placeholders(model: PreTrainedModel) -> list[int]:

@@ -32,12 +32,16 @@ SKIPPING_METRICS = {
 class TokenMetrics:
     """Sums over tokens since the last `reset`. Adding a micro-batch does not synchronise the device.
 
+    Args:
+        of_parts: whether forward passes are of parts of sequences, some of which have no token to score.
+
     Attributes:
         troubles: sentences on what was wrong with the window that `means` was last called for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of_parts: bool = False) -> None:
         self.troubles: list[str] = []
+        self._of_parts = of_parts
         self._sums: Tensor | None = None
         self._has_focus = True
         self._has_entropy = True
@@ -99,7 +103,7 @@ class TokenMetrics:
             self.troubles.append(
                 f"{not_finite:,.0f} of {count:,.0f} scored tokens have no finite loss"
             )
-        if empty_passes:
+        if empty_passes and not self._of_parts:
             self.troubles.append(
                 f"{empty_passes:,.0f} of {passes:,.0f} forward passes scored no token"
             )

@@ -17,6 +17,7 @@ from .checks import check_batch, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
+from .parallelism import splits_sequences
 from .step_mean import StepMean
 
 logger = logging.getLogger("deft_plugin")
@@ -45,7 +46,7 @@ class GatedTraining(TrainerCallback):
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)
-        self._train = TokenMetrics()
+        self._train = TokenMetrics(of_parts=splits_sequences(trainer))
         self._eval = TokenMetrics()
         # The data sets whose next batch is the first.
         self._at_beginning = {"train_dataset", "eval_dataset"}
