@@ -62,8 +62,8 @@ def linear_gated_loss(
         bias: (V,) or None.
         low_rank: low_rank_hidden, hidden's shape with r for H, and low_rank_weight (V, r), both floating; or
             None. LoRA is (scaling * lora_A(dropout(hidden)), lora_B.weight), and several adapters lie side
-            by side along r. The product is in the dtype of hidden @ weight.T. Gradients are formed in
-            whichever of the pair requires them; nothing of the weight's size is built where it is frozen.
+            by side along r. Multiplied in the dtype of hidden @ weight.T. Either of the pair may be frozen, and
+            no gradient of the weight's size is built for them.
         logit_scale: factor on the logits.
         softcap: c of c * tanh(z / c), or None.
         ignore_index: target value of positions that do not count.
