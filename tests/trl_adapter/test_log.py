@@ -11,6 +11,7 @@ import torch
 from transformers import EvalPrediction, TrainerCallback
 
 from deft_plugin.metrics import METRICS
+from deft_plugin.trl import SFTTrainer
 from tests.formula_metrics import formula_metrics
 from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import label_logits, make_rows
@@ -63,6 +64,74 @@ def test_unlogged_steps_of_an_interrupted_training_do_not_count_in_the_next(tmp_
     assert metrics_of(trainer.state.log_history[0]) == pytest.approx(
         expected_metrics(changed), rel=1e-9
     )
+
+
+@pytest.mark.parametrize(("logging_steps", "last"), [(500, 5), (2, 1), (1, 0)])
+def test_summary_has_the_metrics_of_the_steps_after_the_last_log(
+    tmp_path: Path, logging_steps: int, last: int
+) -> None:
+    rows = make_rows(5, seed=1)
+    args = config(
+        tmp_path,
+        per_device_train_batch_size=1,
+        max_steps=5,
+        logging_steps=logging_steps,
+        learning_rate=0.0,
+        train_sampling_strategy="sequential",
+        # Evaluations, and what they leave in the log, come between.
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    trainer = make_trainer(args, rows, eval_dataset=as_dataset(make_rows(3, seed=2)))
+    trainer.train()
+    summary = trainer.state.log_history[-1]
+    assert "train_runtime" in summary
+    # As in TRL's own training, under its name for it.
+    assert ("mean_token_accuracy" in summary) == (last > 0)
+    if last:
+        assert metrics_of(summary) == pytest.approx(expected_metrics(rows[-last:]), rel=1e-9)
+
+
+class OutOfMemory(SFTTrainer):
+    """Has memory for two rows at once; more of them fail in an attempt's third step."""
+
+    attempts = steps = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self._train_batch_size > 2:
+            self.steps += 1
+            if self.steps % 3 == 0:
+                self.attempts += 1
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return loss
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "cayley_trans"])
+def test_window_is_that_of_the_attempt_that_fits_into_memory(
+    tmp_path: Path, loss_type: str
+) -> None:
+    def train(trainer_class: Any, **options: Any) -> tuple[Any, dict[str, float]]:
+        args = config(
+            tmp_path,
+            loss_type=loss_type,
+            max_steps=4,
+            logging_steps=4,
+            learning_rate=0.0,
+            train_sampling_strategy="sequential",
+            **options,
+        )
+        trainer = make_trainer(args, make_rows(8, seed=1), trainer_class=trainer_class)
+        trainer.train()
+        (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return trainer, entry
+
+    options = {"per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    tried, entry = train(OutOfMemory, **options)
+    _, expected = train(SFTTrainer, per_device_train_batch_size=2)
+    assert tried.attempts > 1
+    assert metrics_of(entry) == pytest.approx(metrics_of(expected), rel=1e-12)
+    assert entry["loss"] == expected["loss"]
 
 
 def test_evaluation_is_weighted_by_token(tmp_path: Path) -> None:
