@@ -90,15 +90,24 @@ def _check_parallelism(args: Any) -> None:
 
 
 def _check_lm_head_adapter(peft_config: Any, loss_type: str) -> None:
-    """Refuse an adapter on lm_head that is not linear in the hidden states; the model would load first otherwise."""
+    """Refuse what the gated head would refuse after the model is loaded and the data prepared."""
     excluded = targets_lm_head(getattr(peft_config, "exclude_modules", None))
-    targets = getattr(peft_config, "target_modules", None)
-    if getattr(peft_config, "use_dora", False) and targets_lm_head(targets) and not excluded:
-        raise ValueError(
-            f"peft_config puts DoRA on lm_head (use_dora=True, target_modules={targets!r}), which scales its rows "
-            f"in a way that loss_type={loss_type!r} cannot follow. Set use_dora=False, or remove lm_head from "
-            "target_modules; to train the head whole, put it into modules_to_save."
-        )
+    kind = str(getattr(peft_config, "peft_type", None)).rpartition(".")[2]
+    if getattr(peft_config, "use_dora", False):
+        kind = "DoRA"
+    for field, supported in (
+        ("target_modules", ("LORA", "TRAINABLE_TOKENS")),
+        ("target_parameters", ()),
+    ):
+        targets = getattr(peft_config, field, None)
+        if kind in supported or not targets_lm_head(targets):
+            continue
+        if not (excluded and field == "target_modules"):
+            raise ValueError(
+                f"peft_config.{field}={targets!r} puts {kind} on lm_head, and loss_type={loss_type!r} supports plain "
+                f"LoRA by target_modules there. Use that, or remove lm_head from {field}; to train the head whole, "
+                "put it into modules_to_save."
+            )
 
 
 def _check_trainer(trainer_class: type, loss_type: str) -> None:

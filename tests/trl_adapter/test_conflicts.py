@@ -9,8 +9,8 @@ import pytest
 import torch
 import trl
 from accelerate.parallelism_config import ParallelismConfig
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
 
 from deft_plugin.ops import availability
@@ -55,22 +55,28 @@ def test_unknown_parameter_in_a_config_that_does_not_check_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "adapter",
+    ("adapter", "message"),
     [
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": r".*(q_proj|lm_head)"},
-        {"target_modules": "all-linear", "target_parameters": ["lm_head.weight"]},
+        (
+            LoraConfig(target_modules=["q_proj", "lm_head"], use_dora=True),
+            r"target_modules=.*lm_head.* puts DoRA on lm_head",
+        ),
+        (
+            LoraConfig(target_modules=r".*(q_proj|lm_head)", use_dora=True),
+            r"target_modules=.*lm_head.* puts DoRA on lm_head",
+        ),
+        (
+            LoraConfig(target_modules=["q_proj"], target_parameters=["lm_head.weight"]),
+            r"target_parameters=\['lm_head.weight'\]",
+        ),
+        (IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "puts IA3 on lm_head"),
     ],
-    ids=str,
 )
-def test_adapter_on_lm_head(tmp_path: Path, adapter: dict[str, Any]) -> None:
-    message = r"(?s)target_\w+=.*lm_head.*loss_type='deft'.*modules_to_save"
-    refuse(config(tmp_path), message, peft_config=LoraConfig(**adapter))
-
-
-def test_adapter_on_lm_head_of_a_peft_model(tmp_path: Path) -> None:
-    model = get_peft_model(qwen3(), LoraConfig(target_modules=["lm_head"]))
-    refuse(config(tmp_path), "(?s)adapter on lm_head.*modules_to_save", model)
+def test_adapter_on_lm_head_that_is_not_plain_lora(
+    tmp_path: Path, adapter: PeftConfig, message: str
+) -> None:
+    refuse(config(tmp_path), rf"{message}.*loss_type='deft'.*modules_to_save", peft_config=adapter)
+    refuse(config(tmp_path), "lm_head.*modules_to_save", get_peft_model(qwen3(), adapter))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,7 @@ def test_adapter_on_lm_head_of_a_peft_model(tmp_path: Path) -> None:
         {"target_modules": "all-linear"},
         {"target_modules": r".*(_proj|lm_head)", "exclude_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
     ],
     ids=str,
 )
@@ -101,22 +108,6 @@ def test_compute_loss_func(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "kernels",
-    [
-        {"fused_linear_cross_entropy": True},
-        {"cross_entropy": True, "fused_linear_cross_entropy": False},
-    ],
-    ids=str,
-)
-def test_cross_entropy_of_liger(tmp_path: Path, kernels: dict[str, bool]) -> None:
-    args = config(tmp_path)
-    # Set afterwards: the configuration would ask for the package.
-    args.use_liger_kernel = True
-    args.liger_kernel_config = kernels
-    refuse(args, r"Liger's cross-entropy would replace loss_type='deft'.*(liger|Remove)")
-
-
 COUPLED = {"loss_type": "cayley_trans", "loss_kwargs": {"scope": "micro_batch"}}
 
 
@@ -135,24 +126,6 @@ def test_coupled_tokens_of_parts_of_sequences_by_accelerate_launch(
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{size}", "2")
     refuse(args, rf"parallelism_config\.{size.lower()}=2 ")
-
-
-def test_vision_language_model_by_name_as_model_and_by_processor(tmp_path: Path) -> None:
-    text = tiny_model("qwen2").config.to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 1, "model_type": "siglip_vision_model"}
-    vlm = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
-    vlm.save_pretrained(tmp_path / "vlm")
-    args = config(tmp_path / "out")
-    refuse(args, r"vlm.*multi-modal.*loss_type='deft'.*'nll'", str(tmp_path / "vlm"))
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(vlm)
-    refuse(args, "multi-modal.*text-only", model)
-
-    class Processor:
-        image_processor = None
-
-    refuse(args, "text-only.*Processor.*'nll'", processing_class=Processor())
 
 
 def test_model_without_an_lm_head(tmp_path: Path) -> None:
@@ -182,17 +155,11 @@ def test_another_loss_set_after_the_start_stops_training(
 
 
 def test_trainer_that_never_asks_the_gated_head_stops_at_its_first_step(tmp_path: Path) -> None:
-    class Distillation(SFTTrainer):
-        def compute_loss(
-            self,
-            model: Any,
-            inputs: Any,
-            return_outputs: bool = False,
-            num_items_in_batch: Any = None,
-        ) -> Any:
-            return model(input_ids=inputs["input_ids"]).logits.square().mean()
+    class Constant(SFTTrainer):
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            return sum(parameter.square().mean() for parameter in model.parameters())
 
-    trainer = make_trainer(config(tmp_path), make_rows(2), trainer_class=Distillation)
+    trainer = make_trainer(config(tmp_path), make_rows(2), trainer_class=Constant)
 
     def train() -> None:
         with pytest.raises(RuntimeError, match="not computed by the gated head"):

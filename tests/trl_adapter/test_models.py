@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from deft_plugin import gated_head_of
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -67,6 +67,35 @@ def test_model_that_has_its_adapter_already(tmp_path: Path) -> None:
     trainer = make_trainer(config(tmp_path), make_rows(4), model)
     assert any("lm_head" in name for name in trainable(trainer.model))
     assert_step_is_that_of_the_formula(trainer)
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_rslora": True, "lora_alpha": 3}], ids=str)
+def test_lora_on_lm_head(tmp_path: Path, adapter: dict[str, Any]) -> None:
+    lora = LoraConfig(**{**LORA, "target_modules": ["q_proj", "lm_head"], **adapter})
+    trainer = make_trainer(config(tmp_path), make_rows(4), peft_config=lora)
+    assert any("lm_head" in name for name in trainable(trainer.model))
+    assert_step_is_that_of_the_formula(trainer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trainable_tokens(tmp_path: Path, tied: bool) -> None:
+    model = tiny_model("llama", initializer_range=0.08, tie_word_embeddings=tied).double()
+    indices = sorted({token for row in make_rows(4) for token in row["input_ids"]})[::3]
+    lora = LoraConfig(**LORA, trainable_token_indices=indices)
+    trainer = make_trainer(config(tmp_path), make_rows(4), model, peft_config=lora)
+    assert any("trainable_tokens_delta" in name for name in trainable(trainer.model))
+    assert_step_is_that_of_the_formula(trainer)
+
+
+def test_router_coefficient_that_has_another_name(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128}
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.3}
+    attention = {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}
+    fields = {**sizes, "ffn_config": experts, "attn_config": attention, "initializer_range": 0.08}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("dbrx", vocab_size=128, tie_word_embeddings=False, **fields)
+    ).double()
+    assert_step_is_that_of_the_formula(make_trainer(config(tmp_path), make_rows(4), model))
 
 
 def test_prompt_tuning(tmp_path: Path) -> None:

@@ -14,13 +14,12 @@ import trl
 
 import deft_plugin
 from deft_plugin.trl import SFTConfig, SFTTrainer
-from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
 from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import make_rows, update_of
 
 NAMES = sorted(set(deft_plugin.objective_names()) - {"nll", "dft"})
-TRL_OWN = ["nll", "dft"] if HAS_FUSED_HEAD else ["nll", "dft", "chunked_nll"]
+TRL_OWN = ["nll", "dft", "chunked_nll"]
 
 
 @pytest.fixture
