@@ -108,9 +108,9 @@ def _places_of(model: PreTrainedModel, media: Batch, kind: str) -> int:
     wanted = set().union(*(arguments_of(getattr(owner, name)) for owner in owners))
     # Some have no defaults for what else their forward takes from the configuration.
     given = {
-        key: getattr(model.config, key)
+        key: _field(model.config, key)
         for key in wanted
-        if "vision_feature" in key and hasattr(model.config, key)
+        if "vision_feature" in key and _field(model.config, key) is not None
     }
     given.update((key, value) for key, value in media.items() if key in wanted)
     with torch.no_grad():
@@ -141,6 +141,8 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
     patch = getattr(vision, "patch_size", None) or 4
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     size = getattr(vision, "image_size", None) or SIDE * patch
+    if _field(config, "architecture") is not None:  # A tower of timm's.
+        size = 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = _field(vision, "num_channels", "in_channels") or 3
     patches, numbers = SIDE * SIDE, channels * patch * patch
@@ -153,7 +155,7 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
         }
         if config.model_type in ("kimi_k25", "paddleocr_vl"):
             batch["pixel_values"] = torch.randn(ROWS * patches, channels, patch, patch)
-        if config.model_type == "inkling2":  # Squares of two by two patches.
+        if config.model_type.startswith("inkling2"):  # Squares of two by two patches.
             batch["pixel_values"] = torch.randn(ROWS * 4, 2 * patch, 2 * patch, channels)
             batch["image_grid_thw"] = torch.tensor([[1, 2, 2]] * ROWS)
         if "image_merge_sizes" in arguments:
@@ -225,6 +227,8 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
             "image_sizes": torch.tensor([[height, 2 * width]] * ROWS),
         }
     batch = {"pixel_values": whole}
+    if config.model_type == "perception_lm":
+        batch["pixel_values"] = whole[:, None]
     if config.model_type == "instructblipvideo":
         batch["pixel_values"] = torch.randn(ROWS, 2, channels, height, width)
     if "high_res_pixel_values" in arguments:
@@ -248,7 +252,8 @@ def _audio(model: PreTrainedModel, arguments: set[str]) -> Batch:
     """A clip in each row, its features (rows, bins, frames) or, in a few models, (rows, frames, bins)."""
     config = model.config
     if "input_values" in arguments:
-        return {"input_values": torch.randn(ROWS, 1, FRAMES)}
+        samples = 1600 if config.model_type == "omniasr" else FRAMES
+        return {"input_values": torch.randn(ROWS, 1, samples)}
     bins = _field(_field(config, "audio_config", "encoder_config"), "num_mel_bins", "input_dim")
     bins *= _field(config, "num_stacked_frames") or 1
     frames = 100 if config.model_type == "qwen3_asr" else FRAMES

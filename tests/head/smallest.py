@@ -61,7 +61,7 @@ _SIZES: dict[int, str] = {
     "backbone_hidden_size hidden_size_global downsample_hidden_size decoder_hidden_size audio_hidden_size "
     "post_conv_in_channels post_conv_mid_channels post_conv_out_channels patch_embed_hidden_size "
     "image_token_embed_dim vector_quantization_hidden_dimension upsample_groups ple_embed_dim "
-    "prompt_mid_dim thinker_hidden_size adapter_input_size scale mm_embed_dim output_proj_dims audio_embed_dim",
+    "prompt_mid_dim thinker_hidden_size adapter_input_size conv_dim scale mm_embed_dim output_proj_dims audio_embed_dim",
     64: "intermediate_size d_ff dff dim_ff d_inner ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim mlp_dim "
     "ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size attention_hidden_size "
     "shared_intermediate_size max_position_embeddings n_positions n_ctx max_seq_len context_length "
@@ -99,6 +99,7 @@ TRANSFORMS = {
     "router_aux_loss_coef": 0.3,
     "aux_loss_coef": 0.3,
     "moe_loss_weight": 0.3,
+    "unpadded_vocab_size": 120,
 }
 
 
@@ -208,7 +209,7 @@ def small_fields(config: PretrainedConfig, tokens: _Tokens | None = None) -> dic
         elif name == "image_grid_pinpoints":
             fields[name] = [[16, 32], [32, 16]]
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            fields[name] = _small_rope(value, 16)
+            fields[name] = _small_rope(value, 8 if getattr(config, "qk_rope_head_dim", 0) else 16)
     if "qk_rope_head_dim" in fields and vars(config).get("head_dim") == config.qk_rope_head_dim:
         fields["head_dim"] = fields["qk_rope_head_dim"]
     if getattr(config, "num_kv_shared_layers", 0):
@@ -226,6 +227,11 @@ _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
 
 # By model_type, of a part or of the whole: what the rules above do not give.
 PARTICULARS: dict[str, dict[str, Any]] = {
+    "apertus1p5": {
+        "image_token_offset": 96,
+        "audio_token_offset": 112,
+        "vision_config": {"channel_multiplier": (1, 1), "spatial_scale_factor": 2},
+    },
     "aria": {
         "projector_patch_to_query_dict": {16: 4},
         "max_value_projector_patch_to_query_dict": 4,
@@ -269,9 +275,21 @@ PARTICULARS: dict[str, dict[str, Any]] = {
     },
     "ernie4_5_vl_moe_text": {"rope_parameters": {**_ROPE, "mrope_section": [3, 3, 2]}},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
+    "fast_vlm": {"vision_config": {"architecture": "test_efficientnet", "hidden_size": 256}},
     "flint": {"mlp_only_layers": [0]},
     "fun_asr_nano_encoder": {"max_position_embeddings": 129},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
+    "gemma3n": {
+        "vision_config": {"architecture": "test_efficientnet", "hidden_size": 256},
+        "vision_soft_tokens_per_image": 4,
+    },
+    "gemma3n_audio": {
+        "hidden_size": 32,
+        "conf_num_attention_heads": 2,
+        "conf_num_hidden_layers": 1,
+        "sscp_conv_channel_size": (8, 8),
+        "input_feat_size": 16,
+    },
     "gemma4_text": {
         "global_head_dim": 16,
         "enable_moe_block": True,
@@ -290,14 +308,14 @@ PARTICULARS: dict[str, dict[str, Any]] = {
     "granite_speech": {"window_size": 15},
     "granite_speech_plus": {"window_size": 15},
     "granite4_vision": {
-        "vision_config": {"hidden_size": 64},
+        # In 5.16 another by default, which cannot work.
+        "text_config": {"model_type": "granite", "attention_multiplier": 0.25, "logits_scaling": 4.0},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64},
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [0, 1, 0, 1],
     },
     "hunyuan_vl_text": _MROPE,
-    "inkling_text": {"unpadded_vocab_size": 120},
-    "inkling2_text": {"unpadded_vocab_size": 120},
     "inkling2_vision": {"hidden_size": 32},
     "janus_vqgan": {"channel_multiplier": (1, 1)},
     "kyutai_speech_to_text": {"num_codebooks": 2, "codec_config": {"upsampling_ratios": [2, 2]}},
@@ -323,6 +341,9 @@ PARTICULARS: dict[str, dict[str, Any]] = {
     "muse_spark_audio": {"hidden_sizes": (8, 16, 16, 32), "depths": (1, 1, 1, 1)},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl_text": _MROPE,
+    "perception_lm": {
+        "vision_config": {"architecture": "test_vit", "model_args": {"embed_dim": 64}},
+    },
     "qwen2_5_omni_text": _MROPE,
     "qwen2_5_omni_thinker": {"vision_start_token_id": 3},
     "qwen3_asr_encoder": {"n_window": 50, "n_window_infer": 100},
@@ -357,6 +378,7 @@ PARTICULARS: dict[str, dict[str, Any]] = {
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "voxtral_encoder": {"intermediate_size": 128},
+    "wavtokenizer_encoder": {"codebook_dim": 32, "num_filters": 8, "upsampling_ratios": (2, 2)},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {
@@ -366,16 +388,6 @@ PARTICULARS: dict[str, dict[str, Any]] = {
         "mamba_headdim": 32,
     },
 }
-if (
-    "granite4_vision_text" not in CONFIG_MAPPING
-):  # Before 5.17 its text was, by default, not Granite's.
-    PARTICULARS["granite4_vision"]["text_config"] = {
-        "model_type": "granite",
-        **{name: 1.0 for name in ("embedding_multiplier", "residual_multiplier")},
-        "attention_multiplier": 0.25,
-        "logits_scaling": 4.0,
-    }
-
 # Made of parts of one's choice, and without a default of them.
 COMPOSED = {"vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"}}
 
