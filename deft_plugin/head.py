@@ -469,9 +469,11 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _check_finite(model: PreTrainedModel) -> None:
     """Raise `ValueError` where the lm_head has numbers that are none."""
-    weight = innermost(model.get_output_embeddings()).weight
+    weight = getattr(innermost(model.get_output_embeddings()), "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return  # Quantised: whole numbers, with scales.
+    if weight.element_size() < 2:
+        return  # The same in floating numbers of 8 bits.
     not_finite = int((~weight.detach().isfinite()).sum())
     if not_finite:
         raise ValueError(

@@ -98,8 +98,10 @@ def lm_head_rows(layer: Any) -> int:
 
 def lm_head_device(layer: Any) -> torch.device:
     """Where the layer's logits come to be; the CPU for what is offloaded."""
-    parameters = innermost(layer).parameters()
-    devices = (parameter.device for parameter in parameters if not parameter.is_meta)
+    inner = innermost(layer)
+    # GPTQ's and AWQ's layers have buffers only.
+    tensors = (*inner.parameters(), *inner.buffers())
+    devices = (tensor.device for tensor in tensors if not tensor.is_meta)
     return next(devices, torch.device("cpu"))
 
 
@@ -145,7 +147,8 @@ def projection_of(layer: Any, hidden_states: Tensor) -> Projection:
     if hasattr(inner, "base_layer"):
         _check_adapter(inner)
         return _with_lora(inner, hidden_states)
-    weight = _dequantised(inner) if _is_quantised(inner) else inner.weight
+    quantised = _is_quantised(inner)
+    weight = _dequantised(inner, hidden_states.dtype) if quantised else inner.weight
     if weight.is_meta:
         raise ValueError(
             "The lm_head's weight is offloaded (device_map), and the gated head reads it directly: give "
@@ -312,20 +315,21 @@ def _with_trainable_tokens(layer: Any, hidden_states: Tensor) -> Projection:
 
 
 def _is_quantised(layer: Any) -> bool:
-    if hasattr(layer, "W_q"):
-        return True
+    """Whether a linear layer's numbers are another thing than a floating matrix named `weight`."""
     weight = getattr(layer, "weight", None)
-    # Quantised weights are parameters of a class of their own, some with a floating dtype.
-    return isinstance(weight, Tensor) and (
-        type(weight) not in (nn.Parameter, Tensor, DTensor) or not weight.is_floating_point()
-    )
+    if not isinstance(weight, Tensor):  # HQQ's W_q, GPTQ's and AWQ's qweight.
+        return hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    # Quantised weights are parameters of a class of their own, some with a floating dtype, or 8 bits wide.
+    kinds = (nn.Parameter, Tensor, DTensor)
+    return type(weight) not in kinds or not weight.is_floating_point() or weight.element_size() < 2
 
 
-def _dequantised(layer: Any) -> Tensor:
-    """A frozen, quantised weight as a floating one (V, H), made anew in each forward pass.
+def _dequantised(layer: Any, dtype: torch.dtype) -> Tensor:
+    """A quantised weight as a floating one (V, H), made anew in each forward pass.
 
-    Raises:
-        ValueError: quantised in a way that is not known here.
+    Args:
+        layer: the one that has it.
+        dtype: of the layer's input.
     """
     weight: Any = getattr(layer, "weight", None)
     kind = type(weight).__name__
@@ -343,13 +347,20 @@ def _dequantised(layer: Any) -> Tensor:
     elif hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
         whole = weight.dequantize()
     else:
-        dtype = getattr(weight, "dtype", None)
-        raise ValueError(
-            f"The lm_head is quantised in a way the gated head does not know ({type(layer).__name__}, {kind} of "
-            f"{dtype}). Keep it out of quantisation: with bitsandbytes llm_int8_skip_modules=['lm_head'], with "
-            "others modules_to_not_convert=['lm_head']."
-        )
+        return _weight_by_forward(layer, dtype)
     return whole.detach()
+
+
+def _weight_by_forward(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight (V, H) of a linear layer of any class: what its own forward makes of each unit vector.
+
+    That costs as much as the logits of H tokens.
+    """
+    identity = torch.eye(layer.in_features, dtype=dtype, device=lm_head_device(layer))
+    # The class's forward: `project_with` may have put another in the place of the instance's.
+    columns: Tensor = type(layer).forward(layer, identity)
+    bias = getattr(layer, "bias", None)
+    return (columns if bias is None else columns - bias).t()
 
 
 # --- tensor parallelism ---
