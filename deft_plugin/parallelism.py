@@ -82,8 +82,8 @@ def scoring_parts(
 ) -> AbstractContextManager[None]:
     """A context in which the trainer's own `compute_loss` gives the loss over the whole optimizer step under Ulysses.
 
-    In training, transformers' Trainer gives a mean of micro-batches' means there, with a gradient that is as many times
-    too large as ranks share a sequence: its sum over these ranks is summed once more by DeepSpeed.
+    In training, transformers' Trainer gives a mean of micro-batches' means there. Its gradient is as many times too
+    large as ranks share a sequence under ZeRO-0 to 2, being summed over these ranks once more by DeepSpeed.
     """
     size = _ulysses_size(trainer)
     if size == 1 or num_items_in_batch is None:
@@ -92,14 +92,33 @@ def scoring_parts(
     def compute_loss(
         accelerator: Any, model: Any, inputs: dict[str, Any], return_outputs: bool, *_: Any
     ) -> Any:
+        summed = _summed_ranks(model, size)
         outputs = model(**inputs)
-        # DeepSpeed sums gradients over the ranks that share sequences, and averages over the others.
-        loss = step_loss(trainer, outputs, num_items_in_batch) / size
+        loss = step_loss(trainer, outputs, num_items_in_batch) / summed
         # The log has the mean over all ranks.
-        loss = loss + (size - 1) * loss.detach()
+        loss = loss + (summed - 1) * loss.detach()
         return (loss, outputs) if return_outputs else loss
 
     return attribute_of(transformers.trainer, "deepspeed_sp_compute_loss", compute_loss)
+
+
+def _summed_ranks(engine: Any, size: int) -> int:
+    """Over how many ranks DeepSpeed sums gradients that it averages over the others: those that share a sequence.
+
+    Under ZeRO-3 it averages over all, but for the gradients that lie in a contiguous buffer where they are not
+    reduce-scattered.
+
+    Raises:
+        ValueError: gradients of some parameters would be averaged, of others summed.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return size
+    if engine.zero_contiguous_gradients() and not engine.zero_reduce_scatter():
+        raise ValueError(
+            f"DeepSpeed's ZeRO-3 with sp_size={size} and reduce_scatter=false sums some parameters' gradients over the "
+            "ranks that share a sequence and averages others'. Set zero_optimization.reduce_scatter to true."
+        )
+    return 1
 
 
 def step_loss(trainer: Any, outputs: Any, num_items_in_batch: Tensor | int) -> Tensor:

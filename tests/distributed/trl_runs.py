@@ -23,7 +23,7 @@ ARCHITECTURES = {
     "full": ("llama", {}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "lora": ("llama", {}),
-    "mixture": ("mixtral", {"output_router_logits": False}),
+    "mixture": ("mixtral", {"head_dim": 16, "output_router_logits": False}),
 }
 
 
@@ -47,7 +47,7 @@ def save_models(directory: Path) -> None:
         tiny_tokenizer().save_pretrained(directory / kind)
 
 
-def make_trained(run: Run, directory: Path, **options: Any) -> Any:
+def make_trained(run: Run, directory: Path, rows: Rows | None = None, **options: Any) -> Any:
     """A trainer after it has trained a model in `directory`, with evaluations on the way."""
     from ..trl_adapter.running import as_dataset, config, make_trainer
 
@@ -61,10 +61,10 @@ def make_trained(run: Run, directory: Path, **options: Any) -> Any:
         train_sampling_strategy="sequential",
         max_grad_norm=1.0,
         eval_steps=EVAL_STEPS,
-        # A mean over micro-batches, which a step's tokens are dealt to in another way on several ranks.
-        router_aux_loss_coef=0.0,
-        # TRL 1.9 leaves device_map out on GPUs alone.
         **{
+            # A mean over micro-batches, which a step's tokens are dealt to in another way on several ranks.
+            "router_aux_loss_coef": 0.0,
+            # TRL 1.9 leaves device_map out on GPUs alone.
             "model_init_kwargs": {"dtype": "float32", "device_map": None},
             "eval_strategy": "steps",
             **options,
@@ -73,7 +73,7 @@ def make_trained(run: Run, directory: Path, **options: Any) -> Any:
     torch.manual_seed(0)
     trainer = make_trainer(
         args,
-        make_step_rows(),
+        make_step_rows() if rows is None else rows,
         str(directory / run.model),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if run.model == "lora" else None,
         eval_dataset=as_dataset(make_rows(5, seed=1)),
