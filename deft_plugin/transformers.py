@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
+from transformers.utils import is_accelerate_available
 
 from .objectives import Objective, build_objective
 from .ops import gated_loss
@@ -25,7 +26,7 @@ class LogitsLoss:
 
     Raises:
         ValueError: an unknown objective or parameter; when called, outputs with a mixture's auxiliary loss,
-            whose coefficient a compute_loss_func does not see.
+            whose coefficient a compute_loss_func does not see, or context parallelism.
     """
 
     def __init__(self, objective: str | Objective = "deft", **parameters: Any) -> None:
@@ -40,9 +41,25 @@ class LogitsLoss:
                 "Use deft_plugin.add_gated_head(model), which keeps it, or set "
                 "model.config.output_router_logits=False to train without it."
             )
+        if _cuts_sequences():
+            raise ValueError(
+                "Under context parallelism a compute_loss_func sees labels that were cut into parts before they are shifted: "
+                "the last token of each part would be scored with another part's label. Use "
+                "deft_plugin.add_gated_head(model), which takes labels that were shifted before, or set cp_size=1."
+            )
         # A tuple with return_dict=False.
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         # Shifting the labels, not the logits, avoids a copy of the logits.
         targets = functional.pad(labels[..., 1:], (0, 1), value=-100).to(logits.device)
         loss = gated_loss(logits, targets, self.objective, num_items_in_batch=num_items_in_batch)
         return loss.loss
+
+
+def _cuts_sequences() -> bool:
+    """Whether transformers.Trainer, by accelerate, has parts of sequences on several ranks."""
+    if not is_accelerate_available():
+        return False
+    from accelerate.state import AcceleratorState
+
+    parallelism = AcceleratorState._shared_state.get("parallelism_config")
+    return parallelism is not None and parallelism.cp_size > 1

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -61,3 +63,15 @@ def test_outputs_as_a_tuple_have_the_same_loss() -> None:
     logits, labels = outputs_and_labels()
     named = LogitsLoss()(CausalLMOutput(logits=logits), labels)
     assert LogitsLoss()((logits, "past_key_values"), labels) == named
+
+
+def test_labels_that_were_cut_before_they_are_shifted_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = {"logits": torch.randn(1, 4, 8)}, torch.tensor([[1, 2, 3, 4]])
+    LogitsLoss()(*batch)
+    monkeypatch.setitem(
+        AcceleratorState._shared_state, "parallelism_config", ParallelismConfig(cp_size=2)
+    )
+    with pytest.raises(ValueError, match=r"context parallelism .*add_gated_head.*cp_size=1"):
+        LogitsLoss()(*batch)
