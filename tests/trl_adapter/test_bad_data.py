@@ -179,6 +179,39 @@ def test_a_transform_is_not_looked_behind(tmp_path: Path) -> None:
     make_trainer(config(tmp_path, dataset_kwargs=UNPREPARED), served).train()
 
 
+def test_what_has_no_tokens_before_training_is_looked_at_in_its_first_batch(
+    tmp_path: Path, warnings: Any
+) -> None:
+    wrong = make_rows(4)
+    wrong[1]["input_ids"][2] = wrong[1]["labels"][2] = VOCAB_SIZE
+    message = r": the first batch has 1 input_ids outside the model's vocabulary \[0, 128\), the first: 128\."
+    stream = as_dataset(wrong).to_iterable_dataset()
+    served = as_dataset(make_rows(4)).with_transform(
+        lambda rows: {**rows, "input_ids": [row["input_ids"] for row in wrong]}
+    )
+    for dataset, options in ((stream, {}), (served, {"dataset_kwargs": UNPREPARED})):
+        trainer = make_trainer(config(tmp_path, **options), dataset)
+        with pytest.raises(ValueError, match="train_dataset" + message):
+            trainer.train()
+    trainer = make_trainer(config(tmp_path), make_rows(4), eval_dataset=stream)
+    with pytest.raises(ValueError, match="eval_dataset" + message):
+        trainer.evaluate()
+    # Nor is one looked at before that is given later.
+    with pytest.raises(ValueError, match="eval_dataset" + message):
+        trainer.evaluate(as_dataset(wrong))
+    labels = make_rows(4)
+    labels[0]["labels"][-1] = VOCAB_SIZE + 1
+    with pytest.raises(ValueError, match=r"has 1 labels outside .*: 129\."):
+        trainer.evaluate(as_dataset(labels))
+    assert warnings() == []
+    # TRL leaves rows out that have no label at all.
+    unlabelled = [
+        {**row, "labels": [5] + [-100] * (len(row["labels"]) - 1)} for row in make_rows(4)
+    ]
+    make_trainer(config(tmp_path), as_dataset(unlabelled).to_iterable_dataset()).train()
+    assert warnings()[0].startswith("train_dataset: the first batch has no token to train on.")
+
+
 def test_a_stream_without_rows(tmp_path: Path) -> None:
     refused(tmp_path, IterableDataset.from_generator(lambda: iter([])), "a stream, has no rows")
 
