@@ -17,6 +17,21 @@ SIDE = 4  # Patches along an image's side.
 FRAMES = 128  # Of audio features.
 
 
+_MEDIA = {
+    "flattened_patches",
+    "image_pixel_values",
+    "input_features",
+    "input_values",
+    "pixel_values",
+    "pixel_values_images",
+}
+
+
+def takes_media(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes images or audio."""
+    return bool(_arguments_of(model.forward) & _MEDIA)
+
+
 def text_batch(model: PreTrainedModel, seed: int = 0) -> Batch:
     """Two rows of text, with prompts of unequal length without labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -24,13 +39,12 @@ def text_batch(model: PreTrainedModel, seed: int = 0) -> Batch:
     labels = input_ids.clone()
     labels[0, :3], labels[1, :5] = -100, -100
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
-    arguments = arguments_of(model.forward)
+    arguments = _arguments_of(model.forward)
     if "protein_input_ids" in arguments:
         batch["protein_input_ids"] = torch.randint(5, 20, (ROWS, 8), generator=generator)
         batch["protein_attention_mask"] = torch.ones(ROWS, 8, dtype=torch.long)
-    if (
-        model.config.model_type == "kyutai_speech_to_text"
-    ):  # Beside each token the codes of its audio.
+    if model.config.model_type == "kyutai_speech_to_text":
+        # Beside each token the codes of its audio.
         shape = (ROWS, LENGTH, model.config.num_codebooks)
         codes = torch.randint(0, 16, shape, generator=generator)
         batch["input_ids"] = torch.cat([input_ids[..., None], codes], dim=-1)
@@ -38,32 +52,45 @@ def text_batch(model: PreTrainedModel, seed: int = 0) -> Batch:
 
 
 def media_batch(model: PreTrainedModel, seed: int = 0) -> Batch:
-    """`text_batch` with an image or a clip of audio in each row, as the model's own forward takes it."""
+    """`text_batch` with an image or a clip of audio in each row, as the model's own forward takes it.
+
+    Raises:
+        NotImplementedError, and whatever the model raises: no rule here says how.
+    """
     batch = text_batch(model, seed)
+    arguments = _arguments_of(model.forward)
+    kind = "audio" if {"input_features", "input_values"} & arguments else "image"
+    if {"pixel_values", "image_pixel_values"} & arguments:
+        kind = "video" if model.config.model_type == "instructblipvideo" else "image"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        arguments = arguments_of(model.forward)
-        kind, media = "image", {}
-        if "get_video_features" in dir(model) and "get_image_features" not in dir(model):
-            kind, media = "video", _images(model, arguments)
-        elif {"pixel_values", "image_pixel_values", "flattened_patches"} & arguments:
-            media = _images(model, arguments)
-        elif {"input_features", "input_values"} & arguments:
-            kind, media = "audio", _audio(model, arguments)
-        if not media:
-            raise NotImplementedError(f"no rule for {sorted(arguments)}")
+        media = _audio(model, arguments) if kind == "audio" else _images(model, arguments)
     batch.update(media)
-    if model.config.model_type in ADDED_TO_TEXT:
-        return batch
-    if model.config.model_type in ELSEWHERE:
-        return {**batch, **ELSEWHERE[model.config.model_type](batch["input_ids"])}
-    places = _places_of(model, media, kind) // ROWS
-    _make_room(batch, places, _token_of(model.config, kind))
-    is_media = (batch["input_ids"] == _token_of(model.config, kind)).long()
+    if model.config.model_type in BESIDE_TEXT:
+        return {**batch, **_beside_text(model.config.model_type, batch["input_ids"])}
+    token = _token_of(model.config, kind)
+    _make_room(batch, _places_of(model, media, kind) // ROWS, token)
     for name in ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"):
         if name in arguments:
-            batch[name] = is_media
+            batch[name] = (batch["input_ids"] == token).long()
     return batch
+
+
+# Models whose images or audio take no tokens' places: they are attended to, in front, or added to embeddings.
+BESIDE_TEXT = {"git", "idefics", "kosmos-2", "kosmos-2.5", "mllama", "voxtral_realtime"}
+
+
+def _beside_text(model_type: str, input_ids: Tensor) -> Batch:
+    """What says which text goes with them."""
+    if model_type == "idefics":
+        return {"image_attention_mask": torch.ones(*input_ids.shape, 1, dtype=torch.long)}
+    if model_type == "mllama":  # Four tiles.
+        return {"cross_attention_mask": torch.ones(*input_ids.shape, 1, 4, dtype=torch.long)}
+    if model_type.startswith("kosmos"):
+        mask = torch.zeros_like(input_ids)
+        mask[:, 1:5] = 1
+        return {"image_embeds_position_mask": mask}
+    return {}
 
 
 def _make_room(batch: Batch, places: int, token: int) -> None:
@@ -76,7 +103,7 @@ def _make_room(batch: Batch, places: int, token: int) -> None:
 # --- how models are asked ---
 
 
-def arguments_of(function: Any) -> set[str]:
+def _arguments_of(function: Any) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
@@ -99,13 +126,17 @@ def _places_of(model: PreTrainedModel, media: Batch, kind: str) -> int:
     """How many tokens of text the media take the place of."""
     name = f"get_{kind}_features"
     owners = [owner for owner in (model, model.base_model) if hasattr(owner, name)]
+    if (
+        "image_pixel_values" in media
+    ):  # Every second patch of the two, an end of each line, one between.
+        return ROWS * (2 * (SIDE // 2) * (SIDE // 2 + 1) + 1)
     if not owners and kind == "audio" and hasattr(model.base_model, "audio_tower"):
         lengths = media["feature_attention_mask"].sum(-1)
         _, lengths = model.base_model.audio_tower._get_feat_extract_output_lengths(lengths)
         return int(lengths.sum())
     if not owners:
         raise NotImplementedError(f"no {name}")
-    wanted = set().union(*(arguments_of(getattr(owner, name)) for owner in owners))
+    wanted = set().union(*(_arguments_of(getattr(owner, name)) for owner in owners))
     # Some have no defaults for what else their forward takes from the configuration.
     given = {
         key: _field(model.config, key)
@@ -164,6 +195,12 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
     if config.model_type == "inkling_mm_model":  # A token for each patch.
         return {
             "pixel_values": torch.randn(ROWS, vision.temporal_patch_size, patch, patch, channels)
+        }
+    if "image_pixel_values" in arguments:  # The whole of each, and one crop of it.
+        return {
+            "image_pixel_values": torch.randn(ROWS, 2, channels, height, width),
+            "image_sizes": torch.tensor([[height, width]] * ROWS),
+            "image_attention_mask": torch.ones(ROWS, 2, SIDE, SIDE, dtype=torch.long),
         }
     if "spatial_shapes" in arguments:
         return {
@@ -226,6 +263,8 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
             "pixel_values": torch.randn(ROWS, 3, channels, height, width),
             "image_sizes": torch.tensor([[height, 2 * width]] * ROWS),
         }
+    if "pixel_values" not in arguments:
+        return {"pixel_values_images": whole}
     batch = {"pixel_values": whole}
     if config.model_type == "perception_lm":
         batch["pixel_values"] = whole[:, None]
@@ -236,7 +275,7 @@ def _images(model: PreTrainedModel, arguments: set[str]) -> Batch:
     if "qformer_input_ids" in arguments:
         batch["qformer_input_ids"] = torch.randint(5, FIRST_SPECIAL_TOKEN, (ROWS, 4))
     owner = model if hasattr(model, "get_image_features") else model.base_model
-    if hasattr(owner, "get_image_features") and "image_sizes" in arguments_of(
+    if hasattr(owner, "get_image_features") and "image_sizes" in _arguments_of(
         owner.get_image_features
     ):
         batch["image_sizes"] = torch.tensor([[height, width]] * ROWS)
@@ -269,50 +308,3 @@ def _audio(model: PreTrainedModel, arguments: set[str]) -> Batch:
     if "padding_mask" in arguments and config.model_type == "moss_transcribe_diarize":
         batch["padding_mask"] = torch.ones(ROWS, config.audio_chunk_size, dtype=torch.long)
     return batch
-
-
-# --- media that take no tokens' places ---
-
-# One frame of audio is added to each token's embedding.
-ADDED_TO_TEXT = ("voxtral_realtime",)
-
-
-def _attended(input_ids: Tensor) -> Batch:
-    return {"image_attention_mask": torch.ones(*input_ids.shape, 1, dtype=torch.long)}
-
-
-def _cross_attended(input_ids: Tensor) -> Batch:
-    return {"cross_attention_mask": torch.ones(*input_ids.shape, 1, 4, dtype=torch.long)}
-
-
-def _marked(input_ids: Tensor) -> Batch:
-    mask = torch.zeros_like(input_ids)
-    mask[:, 1:5] = 1
-    return {"image_embeds_position_mask": mask}
-
-
-def _in_front(input_ids: Tensor) -> Batch:
-    return {}
-
-
-ELSEWHERE = {
-    "git": _in_front,
-    "idefics": _attended,
-    "mllama": _cross_attended,
-    "kosmos-2": _marked,
-    "kosmos-2.5": _marked,
-}
-
-
-def takes_media(model: PreTrainedModel) -> bool:
-    """Whether the model's forward takes images or audio."""
-    return bool(
-        arguments_of(model.forward)
-        & {
-            "pixel_values",
-            "image_pixel_values",
-            "flattened_patches",
-            "input_features",
-            "input_values",
-        }
-    )

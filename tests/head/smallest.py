@@ -1,7 +1,7 @@
-"""The smallest random model of any class of transformers, and a batch for it: no hub, no table of classes.
+"""The smallest random model of any class of transformers, made of its default configuration, without the hub.
 
-General rules first: what a configuration's fields are called says what is small for them. What a class wants besides
-is in `PARTICULARS`.
+General rules first: what a configuration's fields are called says what is small for them. What a model type wants
+besides is in `PARTICULARS`. Batches for the models are in `media`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 128
 LARGEST_MODEL = 3_000_000  # Parameters.
-FIRST_SPECIAL_TOKEN = 100  # Text is below it; images, audio, and begin of text are above.
+FIRST_SPECIAL_TOKEN = 100  # Text is below; what stands for images and audio is not.
 
 # --- configurations ---
 
@@ -46,7 +46,7 @@ _SIZES: dict[int, str] = {
     "hidden_size_per_layer_input chunk_size mamba_chunk_size window_size context_size conv_kernel_size "
     "relative_attention_num_buckets rel_extent",
     16: "head_dim d_kv kv_lora_rank q_lora_rank linear_head_dim linear_key_head_dim linear_value_head_dim "
-    "swa_head_dim image_size attention_head_dim mamba_d_head mamba_head_dim mamba_headdim kv_channels "
+    "swa_head_dim image_size crop_size attention_head_dim mamba_d_head mamba_head_dim mamba_headdim kv_channels "
     "attention_head_size dim_head o_lora_rank d_head qk_head_dim query_pre_attn_scalar resolution "
     "codebook_size num_embeddings num_image_tokens resampler_head_dim resampler_dim_head input_dim "
     "n_window_infer num_centroids encoder_hash_byte_group_vocab pronunciation_vocab_size shape_vocab_size codebook_dim max_pos_emb",
@@ -81,13 +81,17 @@ WITHOUT_DEFAULT = {
 }
 
 # Which layers do something; the last of two does.
-LAYER_LISTS = (
-    "deepstack_visual_indexes fullatt_block_indexes global_attn_indexes intermediate_layers_indices "
-    "cross_attention_layers spatial_target_layers"
-).split()
+LAYER_LISTS = {
+    "cross_attention_layers",
+    "deepstack_visual_indexes",
+    "fullatt_block_indexes",
+    "global_attn_indexes",
+    "intermediate_layers_indices",
+    "spatial_target_layers",
+}
 
-# What a forward does to its logits, where it does it: far from 1.
-TRANSFORMS = {
+# What forwards do to logits and add to losses: far from nothing.
+FAR_FROM_DEFAULT = {
     "final_logit_softcapping": 5.0,
     "logits_soft_cap": 5.0,
     "output_logit_soft_cap": 5.0,
@@ -103,7 +107,7 @@ TRANSFORMS = {
 }
 
 
-def is_token(name: str) -> bool:
+def _is_token(name: str) -> bool:
     """Whether a configuration's field of this name holds the id of a token."""
     return "layer" not in name and name.endswith(("_id", "_token_index", "_token_ids"))
 
@@ -124,34 +128,29 @@ class _Tokens:
         return self._of[token]
 
 
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layer")
+
+
 def _kept_layers(config: PretrainedConfig) -> tuple[list[int], dict[str, Any]]:
-    """One layer of each kind, and the lists with an element for each layer cut to them."""
-    depth = next(
-        (
-            getattr(config, name)
-            for name in ("num_hidden_layers", "num_layers", "n_layer")
-            if isinstance(getattr(config, name, None), int)
-        ),
-        None,
-    )
+    """One layer of each kind, at least two, and the lists with an element for each layer cut to them."""
+    depths = (getattr(config, name, None) for name in _DEPTHS)
+    depth = next((depth for depth in depths if isinstance(depth, int)), 0)
     lists = {
         name: value
         for name, value in vars(config).items()
         if isinstance(value, list | tuple)
-        and len(value) == depth
-        and depth > 2
+        and len(value) == depth > 2
         and not name.startswith("_")
-        and not is_token(name)
+        and not _is_token(name)
     }
-    kinds: dict[str, int] = {}
-    for layer in range(depth or 0):
-        kinds.setdefault(repr([value[layer] for value in lists.values()]), layer)
-    layers = sorted(kinds.values())[:4]
+    first: dict[str, int] = {}
+    for layer in range(depth):
+        first.setdefault(repr([value[layer] for value in lists.values()]), layer)
+    layers = sorted(first.values())[:4]
     if len(layers) == 1 or getattr(config, "num_kv_shared_layers", 0):
         layers = layers * 2
-    return layers, {
-        name: type(value)(value[layer] for layer in layers) for name, value in lists.items()
-    }
+    cut = {name: type(value)(value[layer] for layer in layers) for name, value in lists.items()}
+    return layers, cut
 
 
 def _small_rope(value: dict[str, Any], head_dim: int) -> dict[str, Any]:
@@ -191,35 +190,45 @@ def small_fields(config: PretrainedConfig, tokens: _Tokens | None = None) -> dic
             fields[name] = small_fields(part, tokens)
             if part.model_type:
                 fields[name]["model_type"] = part.model_type
-        elif name in SIZES and _are_sizes(fields.get(name, value)):
-            fields[name] = type(value)(min(one, SIZES[name]) for one in fields.get(name, value))
-        elif name.startswith("_") or isinstance(value, bool) or name in fields:
-            continue
-        elif is_token(name):
-            media = name.startswith(("image_token", "video_token", "audio_token"))
-            fields[name] = tokens(-len(name) if value is None and media else value)
-        elif name in TRANSFORMS and name in vars(config):
-            fields[name] = TRANSFORMS[name]
-        elif name in SIZES and isinstance(value, int) and value > 0:
-            fields[name] = min(value, SIZES[name])
-        elif name in WITHOUT_DEFAULT and value is None:
-            fields[name] = WITHOUT_DEFAULT[name]
-        elif name in LAYER_LISTS and value:
-            fields[name] = type(value)([1])
-        elif name == "image_grid_pinpoints":
-            fields[name] = [[16, 32], [32, 16]]
-        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            fields[name] = _small_rope(value, 8 if getattr(config, "qk_rope_head_dim", 0) else 16)
+        elif not name.startswith("_"):
+            small = _small_value(name, fields.get(name, value), tokens)
+            if small is not None:
+                fields[name] = small
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(vars(config).get(name), dict):
+            head_dim = fields.get("qk_rope_head_dim", SIZES["head_dim"])
+            fields[name] = _small_rope(vars(config)[name], head_dim)
     if "qk_rope_head_dim" in fields and vars(config).get("head_dim") == config.qk_rope_head_dim:
         fields["head_dim"] = fields["qk_rope_head_dim"]
     if getattr(config, "num_kv_shared_layers", 0):
         fields["num_kv_shared_layers"] = len(layers) // 2
     if len(layers) > 2:
-        for name in ("num_hidden_layers", "num_layers", "n_layer"):
-            if name in fields:
-                fields[name] = len(layers)
+        fields.update((name, len(layers)) for name in _DEPTHS if name in fields)
     _merge(fields, copy.deepcopy(PARTICULARS.get(config.model_type, {})))
     return fields
+
+
+def _small_value(name: str, value: Any, tokens: _Tokens) -> Any:
+    """A field's small value; None where it stays as it is."""
+    if isinstance(value, bool):
+        return None
+    if _is_token(name):
+        # Some have no token for images by default.
+        media = name.startswith(("image_token", "video_token", "audio_token"))
+        return tokens(-len(name) if value is None and media else value)
+    if name in FAR_FROM_DEFAULT:
+        return FAR_FROM_DEFAULT[name]
+    if value is None:
+        return WITHOUT_DEFAULT.get(name)
+    if name in SIZES and isinstance(value, int) and value > 0:
+        return min(value, SIZES[name])
+    if name in SIZES and _are_sizes(value):
+        return type(value)(min(one, SIZES[name]) for one in value)
+    if name in LAYER_LISTS and value:
+        return type(value)([1])
+    if name == "image_grid_pinpoints":
+        return [[16, 32], [32, 16]]
+    return None
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -309,8 +318,13 @@ PARTICULARS: dict[str, dict[str, Any]] = {
     "granite_speech_plus": {"window_size": 15},
     "granite4_vision": {
         # In 5.16 another by default, which cannot work.
-        "text_config": {"model_type": "granite", "attention_multiplier": 0.25, "logits_scaling": 4.0},
+        "text_config": {
+            "model_type": "granite",
+            "attention_multiplier": 0.25,
+            "logits_scaling": 4.0,
+        },
         "vision_config": {"model_type": "clip_vision_model", "hidden_size": 64},
+        "qformer_config": {"hidden_size": 64, "encoder_hidden_size": 64, "num_attention_heads": 1},
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [0, 1, 0, 1],
@@ -388,6 +402,7 @@ PARTICULARS: dict[str, dict[str, Any]] = {
         "mamba_headdim": 32,
     },
 }
+
 # Made of parts of one's choice, and without a default of them.
 COMPOSED = {"vision-encoder-decoder": {"encoder": "vit", "decoder": "bert"}}
 
