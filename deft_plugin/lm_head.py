@@ -186,8 +186,9 @@ def check_is_linear(layer: Any, hidden_states: Tensor) -> None:
         own = type(inner).forward(inner, rows.to(projection.weight.device))
     expected = projection.logits()
     difference = (own.float() - expected.float()).abs().max().item()
-    # Eight bits of activations or of bfloat16 are good to 1 %.
-    if not difference <= 0.02 * max(expected.abs().max().item(), 1e-6):
+    # bfloat16 is good to 1 %, hidden states rounded to FP8 to 5 %.
+    tolerance = 0.1 if _is_quantised(innermost(layer)) else 0.02
+    if not difference <= tolerance * max(expected.abs().max().item(), 1e-6):
         raise ValueError(
             f"The lm_head, a {type(inner).__name__}, gives other logits than its weight does: they differ by "
             f"{difference:.3g}. The gated head needs a linear layer; use deft_plugin.gated_loss on the model's "
