@@ -177,7 +177,7 @@ def check_is_linear(layer: Any, hidden_states: Tensor) -> None:
         hidden_states: (..., H), of which a few are compared.
     """
     inner = _unwrapped(layer)
-    if type(inner).forward is nn.Linear.forward:
+    if type(inner).forward is nn.Linear.forward and not _is_quantised(inner):
         return
     rows = hidden_states.detach().flatten(0, -2)[:4]
     with in_evaluation(inner):
@@ -346,7 +346,10 @@ def _dequantised(layer: Any, dtype: torch.dtype) -> Tensor:
     elif hasattr(layer, "W_q"):
         whole = layer.dequantize()
     elif hasattr(weight, "dequantize") and type(weight) is not nn.Parameter:
-        whole = weight.dequantize()
+        try:
+            whole = weight.dequantize()
+        except NotImplementedError:  # torchao's with activations quantised.
+            return _weight_by_forward(layer, dtype)
     else:
         return _weight_by_forward(layer, dtype)
     return whole.detach()
