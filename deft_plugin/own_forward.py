@@ -12,6 +12,7 @@ columns are left, or that it is nothing of the kind.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -120,12 +121,15 @@ class OwnForward:
 
         loss.begin(score_once)
         takes_labels = self.takes_labels
+        if "skip_logits" in inspect.signature(forward).parameters:
+            # Else, in training, Liger's forwards have a loss of their own on hidden states.
+            arguments = {**arguments, "skip_logits": False}
         try:
             with standing_in(model, self._places, stand_in, loss):
                 if takes_labels:
                     output = forward(**arguments, labels=labels)
                 if not takes_labels or not stand_in.hidden_states:
-                    # Liger's forwards have a loss of their own on hidden states, in training.
+                    # It has a loss of its own, on hidden states.
                     takes_labels = False
                     output = forward(**arguments)
             own_logits = output.logits
