@@ -57,6 +57,7 @@ class OwnForward:
         self.takes_labels = True
         self._measured_on: tuple[Any, ...] = ()
         self._places: list[str] = []
+        self._options: dict[str, Any] = {}
         self._stand_in = _StandIn()
         self._loss = _Loss()
 
@@ -96,6 +97,7 @@ class OwnForward:
         measuring = state != self._measured_on
         if measuring:
             self._places = _places_of(model, layer)
+            self._options = _options_of(forward)
             loss_functions = [part.loss_function for part in _around(model, self._places)]
         stand_in, loss = self._stand_in, self._loss
         width, device = lm_head_rows(layer), lm_head_device(layer)
@@ -121,9 +123,7 @@ class OwnForward:
 
         loss.begin(score_once)
         takes_labels = self.takes_labels
-        if "skip_logits" in inspect.signature(forward).parameters:
-            # Else, in training, Liger's forwards have a loss of their own on hidden states.
-            arguments = {**arguments, "skip_logits": False}
+        arguments = {**arguments, **self._options}
         try:
             with standing_in(model, self._places, stand_in, loss):
                 if takes_labels:
@@ -221,6 +221,11 @@ def _places_of(model: PreTrainedModel, layer: nn.Module) -> list[str]:
     if not found:
         raise UnknownForwardError(model, "has an lm_head that is no part of the model")
     return found
+
+
+def _options_of(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments with which it calls its lm_head: in training, Liger's forwards have a loss on hidden states else."""
+    return {"skip_logits": False} if "skip_logits" in inspect.signature(forward).parameters else {}
 
 
 def _around(model: PreTrainedModel, places: list[str]) -> list[PreTrainedModel]:
