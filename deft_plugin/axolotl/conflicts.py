@@ -18,12 +18,6 @@ _OTHER_OBJECTIVES = {
     "label_smoothing_factor": "An objective defines its own gradient on every token (and Axolotl ignores the key): "
     "remove it.",
 }
-_SPLIT_MODELS = {
-    "context_parallel_size": "tokens of a sequence would be on several ranks",
-    "sequence_parallel_degree": "tokens of a sequence would be on several ranks",
-    "tensor_parallel_size": "not tested under Axolotl",
-    "expert_parallel_size": "not tested",
-}
 
 
 def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
@@ -35,12 +29,6 @@ def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
     for key in ("type_of_model", "model_type"):
         if "Classification" in str(data.get(key)):
             yield f"`{key}: {data[key]}` has no language-model head. Remove it, or the plugin."
-    for key, reason in _SPLIT_MODELS.items():
-        if _greater_than_one(data.get(key)):
-            yield (
-                f"`{key}: {data[key]}` is not supported: {reason}. Set it to 1; DDP, FSDP2, ZeRO and gradient "
-                "checkpointing work."
-            )
     yield from _find_lm_head_adapters(data)
 
 
@@ -76,10 +64,3 @@ def _find_lm_head_adapters(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _greater_than_one(value: Any) -> bool:
-    try:
-        return value is not None and float(value) > 1
-    except (TypeError, ValueError):
-        return False  # Axolotl's own schema names the wrong type.

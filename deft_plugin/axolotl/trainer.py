@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..objectives import Objective
 from ..ops import CoreSettings
 from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, own_rows
+from .context_parallel import with_shifted_labels
 
 
 class _LogOfTokens(Trainer):
@@ -69,7 +71,11 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._installed()
-        return super().train(*args, **kwargs)
+        parallelism = self.accelerator.parallelism_config
+        parts = 1 if parallelism is None else parallelism.cp_size
+        # Not before: Axolotl registers its hooks just before it calls this.
+        with nullcontext() if parts == 1 else with_shifted_labels(self.model, parts):
+            return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)

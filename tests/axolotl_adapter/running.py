@@ -82,11 +82,21 @@ def validate(values: dict[str, Any], capabilities: dict[str, Any] = CPU) -> Dict
     )
 
 
-def make_trainer(values: dict[str, Any], rows: Rows, eval_rows: Rows | None = None) -> Any:
-    """Axolotl's trainer for a configuration, with the model loaded."""
+def make_trainer(
+    values: dict[str, Any], rows: Rows, eval_rows: Rows | None = None, **unchecked: Any
+) -> Any:
+    """Axolotl's trainer for a configuration, with the model loaded.
+
+    Args:
+        values: the configuration.
+        rows: to train on.
+        eval_rows: to evaluate on.
+        unchecked: keys that Axolotl refuses for want of a GPU, set when it has validated the others.
+    """
     # For the adapters' random weights.
     torch.manual_seed(0)
     cfg = validate(values)
+    cfg.update(unchecked)
     prepare_optim_env(cfg)
     normalize_config(cfg)
     # With several ranks Axolotl names the device by the rank alone, which needs an accelerator.

@@ -109,10 +109,6 @@ def test_a_wrong_key_or_value_is_named_with_the_choices(
         ({"model_type": "AutoModelForSequenceClassification"}, "or the plugin"),
         ({"type_of_model": "AutoModelForTokenClassification"}, "or the plugin"),
         ({"trainer_cls": "transformers.Trainer"}, "or the plugin"),
-        ({"context_parallel_size": 2}, "Set it to 1"),
-        ({"sequence_parallel_degree": 4}, "Set it to 1"),
-        ({"tensor_parallel_size": 2}, "Set it to 1"),
-        ({"expert_parallel_size": 2}, "Set it to 1"),
         (
             {"peft_use_dora": True, "lora_target_modules": ["q_proj", "lm_head"]},
             "lora_modules_to_save: [lm_head]",
@@ -135,8 +131,8 @@ def test_what_would_train_another_objective_is_refused_with_what_to_do_instead(
 
 
 def test_all_conflicts_are_named_at_once() -> None:
-    message = error_of(use_eaft=True, context_parallel_size=2, deft_objectiv="nll")
-    for key in ("use_eaft", "context_parallel_size", "deft_objectiv"):
+    message = error_of(use_eaft=True, rl="dpo", deft_objectiv="nll")
+    for key in ("use_eaft", "rl", "deft_objectiv"):
         assert f"`{key}" in message or f"'{key}'" in message
 
 
@@ -194,7 +190,7 @@ def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() ->
             "lora_r": 4,
             "lora_alpha": 8,
         },
-        {"context_parallel_size": 1, "tensor_parallel_size": 1},
+        {"tensor_parallel_size": 2},
         {"sample_packing": True, "gradient_checkpointing": True},
     ],
     ids="-".join,

@@ -1,4 +1,4 @@
-"""Two ranks under DDP, FSDP2 and ZeRO log what one process logs over the same steps."""
+"""Ranks under DDP, FSDP2 and ZeRO, and ranks that share rows, log what one process logs over the same steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.updates import make_rows
 
-from .running import LORA, configuration, environment, make_trainer
+from . import gathered_attention
+from .running import LORA, PLUGIN, configuration, environment, make_trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -26,6 +28,7 @@ EVAL = {
     "eval_batch_size": 1,
 }
 
+EXPERTS = "axolotl.integrations.expert_parallel.ExpertParallelPlugin"
 GLOBAL = {"deft_objective": "cayley_trans", "deft": {"scope": "global"}}
 
 
@@ -64,6 +67,30 @@ def entries(log: list[dict[str, float]]) -> list[dict[str, float]]:
     compared = ["loss", *COMPARED, *(f"eval_{name}" for name in COMPARED)]
     entries = [{name: entry[name] for name in compared if name in entry} for entry in log]
     return [entry for entry in entries if entry]
+
+
+def log_of_ranks(
+    tmp_path: Path, ranks: int, values: dict[str, Any], rows: list[Any], unchecked: dict[str, Any]
+) -> dict[str, Any]:
+    """What `rank.py` writes, run with this number of ranks; `rows` to train and to evaluate on."""
+    files = [tmp_path / name for name in ("values.json", "rows.json", "log.json")]
+    files[0].write_text(json.dumps([values, unchecked]))
+    files[1].write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(ranks), "-m", "tests.axolotl_adapter.rank"]
+    result = subprocess.run(
+        [*command, *map(str, files)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        # DeepSpeed compiles for minutes where it has not before.
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"on {ranks} rank(s)" in result.stdout
+    log: dict[str, Any] = json.loads(files[2].read_text())
+    return log
 
 
 @pytest.mark.slow
@@ -109,26 +136,81 @@ def test_two_ranks_log_what_one_process_logs(
         **common,
         **distribution(),
     )
-    files = [tmp_path / name for name in ("values.json", "rows.json", "log.json")]
-    files[0].write_text(json.dumps(values))
-    files[1].write_text(json.dumps([rows, eval_rows]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "-m", "tests.axolotl_adapter.rank", *map(str, files)]
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        # DeepSpeed compiles for minutes where it has not before.
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    log = json.loads(files[2].read_text())
+    log = log_of_ranks(tmp_path, 2, values, [rows, eval_rows], {})
     assert log["kind"] == kind
-    assert "on 2 rank(s)" in result.stdout
     actual, expected = entries(log["entries"]), entries(alone.state.log_history)
     # Axolotl evaluates once before training too.
     assert len(expected) == STEPS + 2
+    for step, (value, reference) in enumerate(zip(actual, expected, strict=True)):
+        assert value == pytest.approx(reference, rel=1e-4), step
+
+
+# --- ranks that share a row ---
+
+
+def cut_sequences(**more: Any) -> dict[str, Any]:
+    """Keys of context parallelism, and attention that does without a GPU."""
+    return {"context_parallel_size": 2, "attn_implementation": gathered_attention.NAME, **more}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "accumulation", "keys", "unchecked", "training"),
+    [
+        pytest.param(2, 4, {}, cut_sequences(), {}, id="context"),
+        pytest.param(2, 4, {}, cut_sequences(), GLOBAL, id="context-global"),
+        # Lengths that are no multiple of the number of ranks.
+        pytest.param(
+            3,
+            4,
+            {"pad_to_multiple_of": 1},
+            cut_sequences(context_parallel_size=3),
+            {},
+            id="context-of-three",
+        ),
+        pytest.param(4, 2, fsdp2(), cut_sequences(), LORA, id="context-fsdp2-lora"),
+        # With several micro-batches transformers' tensor parallelism adds some gradients up wrongly.
+        pytest.param(2, 1, {"tensor_parallel_size": 2, "micro_batch_size": 4}, {}, {}, id="tensor"),
+        # Without DeepEP, for GPUs alone, Axolotl leaves the experts whole, and all else as with it.
+        pytest.param(
+            2, 2, {"expert_parallel_size": 2, "plugins": [PLUGIN, EXPERTS]}, {}, {}, id="expert"
+        ),
+    ],
+)
+def test_ranks_that_share_rows_log_what_one_process_logs(
+    tmp_path: Path,
+    ranks: int,
+    accumulation: int,
+    keys: dict[str, Any],
+    unchecked: dict[str, Any],
+    training: dict[str, Any],
+) -> None:
+    base_model = tmp_path / "base_model"
+    # Two key heads, one a rank.
+    tiny_model("qwen3", num_key_value_heads=2).save_pretrained(base_model)
+    tiny_tokenizer().save_pretrained(base_model)
+    rows, eval_rows = make_rows(4), make_rows(3, seed=9)
+    common = {**EVAL, "max_steps": STEPS, "num_epochs": STEPS, "learning_rate": 0.1, **training}
+    # Batches of one row, whose losses transformers takes the mean of.
+    common |= {"eval_strategy": "steps", "eval_steps": 1}
+    values = configuration(base_model, tmp_path, **common)
+    alone = make_trainer(values, rows, eval_rows)
+    alone.train()
+    if "context_parallel_size" not in unchecked:
+        alone.evaluate()
+
+    keys = {"micro_batch_size": 1, "gradient_accumulation_steps": accumulation, **keys}
+    values = configuration(base_model, tmp_path, **{**common, **keys})
+    log = log_of_ranks(tmp_path, ranks, values, [rows, eval_rows], unchecked)
+    compared = {"loss", "grad_norm", "nll", "objective_loss", "eval_nll", "eval_objective_loss"}
+    if "tensor_parallel_size" in keys:
+        compared -= {"grad_norm"}
+    if ranks == unchecked.get("context_parallel_size"):
+        compared |= {"eval_loss"}
+    actual, expected = (
+        [{name: entry[name] for name in compared & entry.keys()} for entry in entries]
+        for entries in (log["entries"], alone.state.log_history)
+    )
+    assert len(expected) >= 2 * STEPS + 2
     for step, (value, reference) in enumerate(zip(actual, expected, strict=True)):
         assert value == pytest.approx(reference, rel=1e-4), step
