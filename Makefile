@@ -14,7 +14,7 @@ WORKERS ?= 2
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
 
-test: $(TRL)/.ready $(AXOLOTL)/.ready $(FLOOR)/.ready lint
+test: $(TRL)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready lint
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) tests/axolotl_adapter
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/axolotl_adapter
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
@@ -39,6 +39,12 @@ $(TRL)/.ready: pyproject.toml constraints/trl.txt
 $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
 	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
+	touch $@
+
+# Axolotl's example YAMLs are in its source archive alone.
+$(AXOLOTL)/.examples: $(AXOLOTL)/.ready
+	$(AXOLOTL)/bin/python -m pip download -q --no-deps --no-binary axolotl -c constraints/axolotl.txt -d $(AXOLOTL) axolotl
+	tar -xzf $(AXOLOTL)/axolotl-*.tar.gz -C $(AXOLOTL)
 	touch $@
 
 $(FLOOR)/.ready: pyproject.toml constraints/floor.txt

@@ -79,7 +79,7 @@ def check_environment() -> Iterator[Finding]:
     yield _check_loss(device)
     if _installed("axolotl"):
         try:
-            with _quiet():
+            with quiet():
                 importlib.import_module("deft_plugin.axolotl")
         except Exception as error:
             yield Finding("error", f"{AXOLOTL_PLUGIN} cannot be imported: {error}")
@@ -179,7 +179,7 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
     from pydantic import ValidationError
 
     try:
-        with _quiet():
+        with quiet():
             cfg, changes = validate_as_axolotl(values)
     except ValidationError as error:
         yield from (Finding("error", text) for text in _messages(error))
@@ -369,7 +369,7 @@ def _check_trl(path: Path) -> Iterator[Finding]:
         return
     errors = io.StringIO()
     try:
-        with _quiet(), contextlib.redirect_stderr(errors):
+        with quiet(), contextlib.redirect_stderr(errors):
             from trl import ModelConfig, get_peft_config
             from trl.scripts import sft
 
@@ -398,7 +398,7 @@ def _check_trl(path: Path) -> Iterator[Finding]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what imports and validation log out of the report."""
     logging.disable(logging.ERROR)
     try:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import objective_class
 from ..ops import PATHS, CoreSettings, split_settings
+from ..parallelism import check_couples_no_parts
 from .adjustments import DEFAULT_OBJECTIVE
 from .conflicts import find_conflicts
 
@@ -128,9 +129,13 @@ class DEFTArgs(BaseModel):
     @model_validator(mode="after")
     def _valid_parameters(self) -> Self:
         try:
-            build_objective(self.deft_objective, self.deft.split()[1])
+            objective = build_objective(self.deft_objective, self.deft.split()[1])
         except ValueError as error:
             raise ValueError(f"deft: {error}") from None
+        for key in ("context_parallel_size", "sequence_parallel_degree"):
+            size = getattr(self, key, None) or 1
+            if size > 1:
+                check_couples_no_parts(objective, f"{key}: {size}")
         return self
 
 
