@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import trl
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor
+from torch import Tensor, nn
 from trl.trainer import sft_trainer
 
 from ..checks import check_data, tokenizer_of
@@ -97,14 +97,14 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     """Let `cls`, an SFTTrainer class, train with objectives, in place. Returns a function that undoes it."""
     original: Any = {name: getattr(cls, name) for name in _EXTENDED_METHODS}
     own_attributes = {name: vars(cls).get(name) for name in original}
-    signature = inspect.signature(original["__init__"])
+    names = _argument_names(cls)
 
     @functools.wraps(original["__init__"])
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(self, *args, **kwargs).arguments
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         training_args: Any = arguments.get("args")
         objective = objective_of(training_args)
-        _remove_gated_head(arguments["model"])
+        _remove_gated_head(arguments.get("model"))
         if objective is None:
             original["__init__"](self, *args, **kwargs)
             return
@@ -225,6 +225,14 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
     return undo
 
 
+def _argument_names(cls: type) -> list[str]:
+    """The names of an SFTTrainer's positional arguments: TRL's, where a subclass, Unsloth's, says *args alone."""
+    signatures = (
+        inspect.signature(vars(c)["__init__"]) for c in cls.__mro__ if "__init__" in vars(c)
+    )
+    return next(list(s.parameters)[1:] for s in signatures if "model" in s.parameters)
+
+
 def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> GatedTraining:
     """Give a new trainer's model its gated head."""
     if trainer.args.n_gpu > 1:
@@ -278,7 +286,7 @@ def _packs_eval(args: Any) -> bool:
 
 def _remove_gated_head(model: Any) -> None:
     """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
-    head = None if isinstance(model, str) else gated_head_of(model)
+    head = gated_head_of(model) if isinstance(model, nn.Module) else None
     if head is not None:
         # That trainer's mixed precision is a wrapper around the forward, and TRL's heads, of trainers after it, too.
         extract_model_from_parallel(model, keep_fp32_wrapper=False)
