@@ -188,13 +188,10 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", str(error))
         return
     yield from (Finding("note", change) for change in changes)
-    problems = [
-        *unknown_keys(values),
-        *_missing_files(values),
-        *_deepspeed_problems(values.get("deepspeed")),
-    ]
-    yield from (Finding("error", text) for text in problems)
-    if not problems:
+    texts = [*_missing_files(values), *_deepspeed_problems(values.get("deepspeed"))]
+    found = [*unknown_keys(values), *(Finding("error", text) for text in texts)]
+    yield from found
+    if not any(finding.level == "error" for finding in found):
         from .axolotl.args import DEFTSettings
 
         _, parameters = DEFTSettings(**(cfg.deft or {})).split()
@@ -285,17 +282,17 @@ def _deepspeed_problems(config: Any) -> list[str]:
     return problems
 
 
-def unknown_keys(values: Mapping[str, Any]) -> Iterator[str]:
+def unknown_keys(values: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys of an Axolotl YAML, nested ones too, that neither Axolotl nor its registered plugins know.
 
-    Axolotl ignores them.
+    Axolotl ignores them. An error where one looks misspelt; others may be left over from earlier versions.
     """
     from axolotl.integrations.config import merge_input_args
 
     yield from _unknown(values, [merge_input_args()[0]], "")
 
 
-def _unknown(values: Any, models: Sequence[Any], place: str) -> Iterator[str]:
+def _unknown(values: Any, models: Sequence[Any], place: str) -> Iterator[Finding]:
     """Keys below `place` that none of these pydantic models has."""
     if isinstance(values, list):
         for index, value in enumerate(values):
@@ -304,28 +301,29 @@ def _unknown(values: Any, models: Sequence[Any], place: str) -> Iterator[str]:
     elif isinstance(values, Mapping) and not any(
         model.model_config.get("extra") == "allow" for model in models
     ):
-        fields = {
-            key: field
-            for model in models
-            for name, field in model.model_fields.items()
-            for key in (name, field.alias)
-            if key
-        }
+        fields: dict[str, list[Any]] = {}
+        for model in models:
+            for name, field in model.model_fields.items():
+                for key in filter(None, (name, field.alias)):
+                    fields.setdefault(key, []).append(field.annotation)
         for key, value in values.items():
             if key in fields:
-                nested = [*_models_in(fields[key].annotation)]
+                nested = [*_models_in(fields[key])]
                 yield from _unknown(value, nested, f"{place}{key}.") if nested else ()
             else:
                 close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.75)
-                hint = f". Did you mean {close[0]!r}?" if close else ""
-                yield f"Axolotl ignores the key {place + str(key)!r}, which it does not know{hint}"
+                text = f"Axolotl ignores the key {place + str(key)!r}, which it does not know"
+                if close:
+                    yield Finding("error", f"{text}. Did you mean {close[0]!r}?")
+                else:
+                    yield Finding("note", text)
 
 
-def _models_in(annotation: Any) -> Iterator[Any]:
+def _models_in(annotations: Iterable[Any]) -> Iterator[Any]:
     """The pydantic models that a field may hold; none where it may hold a dict of anything."""
     from pydantic import BaseModel
 
-    parts = [annotation, *_parts_of(annotation)]
+    parts = [part for annotation in annotations for part in (annotation, *_parts_of(annotation))]
     if not any(part is dict or typing.get_origin(part) is dict for part in parts):
         yield from (part for part in parts if inspect.isclass(part) and issubclass(part, BaseModel))
 

@@ -140,7 +140,10 @@ def test_a_trl_file_without_a_valid_objective_is_an_error(
     ("values", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
-        ({"use_peft": True, "lora_target_modules": ["lm_head"]}, "puts an adapter on lm_head"),
+        (
+            {"use_peft": True, "use_dora": True, "lora_target_modules": ["lm_head"]},
+            "DoRA on lm_head",
+        ),
     ],
     ids=str,
 )

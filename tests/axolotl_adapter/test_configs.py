@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deft_plugin.doctor import ignored_keys
+from deft_plugin.doctor import unknown_keys
 
 from .running import CPU, GPU, PLUGIN, validate
 
@@ -52,7 +52,7 @@ def test_it_is_valid_and_none_of_its_keys_is_ignored(
     )
     assert PLUGIN in cfg.plugins
     assert cfg.deft_objective == ("cayley_trans" if "cayley" in path.stem else "deft")
-    assert ignored_keys(values) == []
+    assert list(unknown_keys(values)) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

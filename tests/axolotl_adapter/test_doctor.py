@@ -12,7 +12,7 @@ import yaml
 from deft_plugin import doctor
 from deft_plugin.doctor import Finding, check_yaml
 
-from .running import PLUGIN, configuration
+from .running import CUT, LIGER, PLUGIN, configuration
 
 DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 
@@ -20,7 +20,9 @@ DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 def findings(tmp_path: Path, overrides: dict[Any, Any]) -> list[Finding]:
     """What the doctor says of a configuration with these keys."""
     path = tmp_path / "run.yaml"
-    values = {**configuration(Path("not-loaded"), tmp_path), **overrides}
+    (tmp_path / "rows.jsonl").touch()
+    datasets = [{"path": str(tmp_path / "rows.jsonl"), "type": "chat_template"}]
+    values = {**configuration(Path("not-loaded"), tmp_path, datasets=datasets), **overrides}
     values = {key: value for key, value in values.items() if value is not None}
     path.write_text(yaml.safe_dump(values))
     return list(check_yaml(path))
@@ -44,7 +46,11 @@ def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
         ({"deft_objective": "dfet"}, "dfet"),
         ({"use_eaft": True}, "use_eaft"),
         ({"micro_batch_size": "many"}, "micro_batch_size"),
-        ({"learning_rte": 0.1}, "'learning_rte'"),
+        ({"micro_batch_size": "many"}, "'many'"),
+        (
+            {"learning_rte": 0.1},
+            "'learning_rte', which it does not know. Did you mean 'learning_rate'?",
+        ),
         ({"plugins": [PLUGIN, DIFFUSION]}, "brings a trainer of its own"),
         ({"plugins": f"{PLUGIN}"}, "is not a list of names"),
         ({"plugins": [PLUGIN, 3]}, "is not a list of names"),
@@ -57,6 +63,55 @@ def test_what_would_train_something_else_is_an_error(
     errors = [found.text for found in findings(tmp_path, keys) if found.level == "error"]
     assert len(errors) == 1
     assert message in errors[0]
+
+
+def test_what_is_switched_off_is_noted_and_the_file_accepted(tmp_path: Path) -> None:
+    keys = {"plugins": [PLUGIN, CUT, LIGER], "liger_fused_linear_cross_entropy": True}
+    note, ok = findings(tmp_path, {**keys, "processor_type": "AutoProcessor"})
+    assert note.level == "note"
+    assert "cut_cross_entropy, liger_fused_linear_cross_entropy set to false" in note.text
+    assert (ok.level, "trains with DEFT()" in ok.text) == ("ok", True)
+
+
+def test_all_that_is_refused_is_told_line_by_line(tmp_path: Path) -> None:
+    keys = {"use_eaft": True, "trainer_cls": "transformers.Trainer", "deft_objectiv": "nll"}
+    errors = [found.text for found in findings(tmp_path, keys)]
+    assert len(errors) == 3
+    for key in keys:
+        assert sum(f"`{key}: " in text or f"{key!r}" in text for text in errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "level", "message"),
+    [
+        ({"feild_messages": "m"}, "error", "'datasets[0].feild_messages'"),
+        ({"feild_messages": "m"}, "error", "Did you mean 'field_messages'?"),
+        ({"type": {"feild_output": "o"}}, "error", "'datasets[0].type.feild_output'"),
+        ({"zzz": 1}, "note", "'datasets[0].zzz', which it does not know"),
+        ({"path": "data/none.jsonl"}, "error", "datasets[0]: data/none.jsonl does not exist"),
+        ({"path": "./none"}, "error", "datasets[0]: ./none does not exist"),
+        ({"path": "a/folder/none"}, "error", "datasets[0]: a/folder/none does not exist"),
+        ({"path": ".", "data_files": ["x.json"]}, "error", "datasets[0]: x.json does not exist"),
+        ({"path": "owner/name"}, "ok", "trains with"),
+        ({"path": "owner/name", "data_files": "x.json"}, "ok", "trains with"),
+        ({"path": "https://where.ever/x.jsonl"}, "ok", "trains with"),
+        ({"message_property_mappings": {"role": "from"}}, "ok", "trains with"),
+    ],
+    ids=str,
+)
+def test_nested_keys_and_files_of_data_sets(
+    tmp_path: Path, dataset: dict[str, Any], level: str, message: str
+) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    own = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template"}
+    found = findings(tmp_path, {"datasets": [{**own, **dataset}]})
+    assert [level] == [finding.level for finding in found if message in finding.text]
+    assert any(finding.level == "error" for finding in found) == (level == "error")
+
+
+def test_a_base_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    (error,) = findings(tmp_path, {"base_model": "./no-such-model"})
+    assert error == Finding("error", "base_model: ./no-such-model does not exist")
 
 
 def test_deepspeed_needs_its_file_and_its_package(

@@ -31,7 +31,11 @@ TRL_KEYS = [
     "losstype",
 ]
 AXOLOTL = {
-    "plugins": ["deft_plugin.axolotl.DEFTPlugin"],
+    "plugins": [
+        "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+        "deft_plugin.axolotl.DEFTPlugin",
+        "axolotl.integrations.liger.LigerPlugin",
+    ],
     "base_model": str(BASE_MODEL),
     "deft_objective": "cayley_trans",
     "deft": {"floor_coefficient": 0.3},
@@ -46,6 +50,8 @@ AXOLOTL_KEYS = [
     *("cut_cross_entropy", "rl", "use_eaft", "label_smoothing_factor", "lora_target_modules"),
     *("lora_modules_to_save", "adapter", "trainer_cls", "deft_objectiv", "tensor_parallel_size"),
     *("chunked_cross_entropy", "liger_fused_linear_cross_entropy", "reward_model", "kd_trainer"),
+    *("liger_use_token_scaling", "do_causal_lm_eval", "eval_causal_lm_metrics", "peft_use_dora"),
+    *("qat", "context_parallel_size", "lora_target_parameters", "test_datasets", "processor_type"),
 ]
 unhurried = settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
