@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts.conftest import SCRIPTS
 from tests.tiny import tiny_model, tiny_tokenizer
+
+__all__ = ["SCRIPTS"]
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 from axolotl_examples import Verdict, examples_of_axolotl, judge, share_accepted
 
 DOCS = Path(__file__).parents[2] / "docs" / "axolotl.md"
