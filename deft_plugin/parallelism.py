@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, distributed
 
 from .objectives import Objective
@@ -47,6 +48,17 @@ def splits_sequences(trainer: Any) -> bool:
     """Whether a rank has parts of sequences in training."""
     parallelism = _parallelism_of(trainer)
     return parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1
+
+
+def check_loader(trainer: Any) -> None:
+    """Raise `ValueError` where ranks that share a sequence are not given the same rows to cut."""
+    parallelism = _parallelism_of(trainer)
+    dispatches = isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
+    if parallelism is not None and parallelism.cp_size > 1 and dispatches:
+        raise ValueError(
+            f"dispatch_batches=True gives every rank rows of its own, and with context parallelism {parallelism.cp_size} "
+            "ranks share a row. Set accelerator_config={'dispatch_batches': False}."
+        )
 
 
 def check_lengths(trainer: Any, batches: Sequence[Mapping[str, Any]]) -> None:
@@ -94,7 +106,7 @@ def scoring_parts(
     ) -> Any:
         summed = _summed_ranks(model, size)
         outputs = model(**inputs)
-        loss = step_loss(trainer, outputs, num_items_in_batch) / summed
+        loss = _step_loss(trainer, outputs, num_items_in_batch) / summed
         # The log has the mean over all ranks.
         loss = loss + (summed - 1) * loss.detach()
         return (loss, outputs) if return_outputs else loss
@@ -121,17 +133,14 @@ def _summed_ranks(engine: Any, size: int) -> int:
     return 1
 
 
-def step_loss(trainer: Any, outputs: Any, num_items_in_batch: Tensor | int) -> Tensor:
-    """This rank's and micro-batch's loss (), whose mean over ranks, summed over micro-batches, is that of the step.
+def _step_loss(trainer: Any, outputs: Any, num_items_in_batch: Tensor | int) -> Tensor:
+    """A micro-batch's loss () on this rank, whose mean over ranks, summed over micro-batches, is the step's.
 
-    Args:
-        trainer: transformers' Trainer.
-        outputs: of a gated forward without `num_items_in_batch`.
-        num_items_in_batch: scored tokens of the step on all ranks.
+    `outputs` are of a gated forward without `num_items_in_batch`.
     """
-    ranks = trainer.accelerator.num_processes // trainer.get_tp_size()
     tokens = outputs.token_loss.sum()
-    loss = tokens * ranks / torch.as_tensor(num_items_in_batch).clamp(min=1).to(tokens.device)
+    count = torch.as_tensor(num_items_in_batch, device=tokens.device).clamp(min=1)
+    loss = tokens * trainer.accelerator.num_processes / count
     if outputs.aux_loss is not None:
         # A mixture's auxiliary loss is a mean over micro-batches.
         auxiliary = outputs.loss - tokens / outputs.label_mask.sum().clamp(min=1)

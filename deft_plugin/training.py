@@ -17,7 +17,7 @@ from .checks import check_batch, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .ops import GatedLoss
-from .parallelism import splits_sequences
+from .parallelism import check_loader, splits_sequences
 from .step_mean import StepMean
 
 logger = logging.getLogger("deft_plugin")
@@ -100,6 +100,7 @@ class GatedTraining(TrainerCallback):
 
     def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
         """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
+        check_loader(trainer)
         if self.step_mean is not None and batches:
             self.step_mean.begin_step(trainer, batches)
 

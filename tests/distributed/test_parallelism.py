@@ -104,6 +104,26 @@ def test_context_parallelism(
     compare(run, models, run_ranks(on, tmp_path, ranks))
 
 
+def test_context_parallelism_of_unequal_parts_and_of_other_rows_is_refused(
+    models: Path, tmp_path: Path
+) -> None:
+    def on(rank: int) -> None:
+        as_on_gpus()
+        options = {
+            "per_device_train_batch_size": 2,
+            "parallelism_config": ParallelismConfig(cp_size=2),
+            **fsdp("LlamaDecoderLayer"),
+        }
+        rows = make_rows(4, shortest=13, longest=13)
+        with pytest.raises(ValueError, match=r"cp_size=2 .*pad_to_multiple_of=4"):
+            make_trained(DEFT, models, rows, **options)
+        options["accelerator_config"] = {"dispatch_batches": True}
+        with pytest.raises(ValueError, match=r"dispatch_batches=True .*2 ranks share a row"):
+            make_trained(DEFT, models, **options, **PADDED)
+
+    run_ranks(on, tmp_path)
+
+
 def fsdp(layer: str) -> dict[str, Any]:
     """accelerate's FSDP2, which context parallelism asks for."""
     return {
