@@ -172,7 +172,8 @@ class _StandIn(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._keep(hidden_states)
-        logits: Tensor = self.logits
+        # Unsloth's forwards scale logits in place.
+        logits: Tensor = self.logits.clone()
         return logits
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
