@@ -15,8 +15,11 @@ from typing import Any
 import datasets
 import local_hub
 import pytest
+import trl
 from trl import import_utils
 from trl.trainer import sft_trainer
+
+import deft_plugin
 
 datasets.load_dataset = local_hub.load_dataset  # Before the tests import it.
 
@@ -33,18 +36,24 @@ def _absent(name: str) -> Any:
 
 
 def _make_default(loss_type: str) -> None:
-    import trl
-
-    import deft_plugin
-
+    """Let SFTConfig have this loss_type where none is given, and SFTTrainer such a one where it would make its own."""
     deft_plugin.register()
-    original: Any = trl.SFTConfig.__init__
+    make_config: Any = trl.SFTConfig.__init__
+    make_trainer: Any = trl.SFTTrainer.__init__
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{"loss_type": loss_type, **kwargs})
+    @functools.wraps(make_config)
+    def init_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        make_config(self, *args, **{"loss_type": loss_type, **kwargs})
 
-    trl.SFTConfig.__init__ = __init__
+    @functools.wraps(make_trainer)
+    def init_trainer(self: Any, model: Any, args: Any = None, **kwargs: Any) -> None:
+        if not isinstance(args, trl.SFTConfig):
+            fields = {"output_dir": "trained"} if args is None else args.to_dict()
+            args = trl.SFTConfig(**fields)
+        make_trainer(self, model, args, **kwargs)
+
+    trl.SFTConfig.__init__ = init_config
+    trl.SFTTrainer.__init__ = init_trainer
 
 
 for module in (import_utils, sft_trainer):
