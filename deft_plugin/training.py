@@ -94,10 +94,6 @@ class GatedTraining(TrainerCallback):
         self._train.reset()
         self._at_beginning.add("train_dataset")
 
-    def start_training(self) -> None:
-        """As on_train_begin."""
-        self._train.reset()
-
     def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
         """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
         check_loader(trainer)
@@ -113,18 +109,9 @@ class GatedTraining(TrainerCallback):
             device: for the sums over ranks.
         """
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self.train_means(device))
-
-    def train_means(self, device: torch.device | str) -> dict[str, float]:
-        """Means over the logging window on all ranks, which ends here. Collective."""
-        means = self._train.means(device)
-        self._train.reset()
-        self._tell(self._train, "Since the last log")
-        return means
-
-    def start_evaluation(self) -> None:
-        """Forget earlier evaluations."""
-        self._eval.reset()
+            logs.update(self._train.means(device))
+            self._train.reset()
+            self._tell(self._train, "Since the last log")
 
     @contextmanager
     def evaluating(self, loader: Any) -> Iterator[None]:
