@@ -162,7 +162,7 @@ def projection_of(layer: Any, hidden_states: Tensor) -> Projection:
     if getattr(inner, "weight_fake_quantizer", None) is not None:
         weight = inner.weight_fake_quantizer(weight)
     if not isinstance(weight, DTensor):
-        return Projection(hidden_states, weight, bias)
+        return Projection(hidden_states, weight, bias, shard=_deepspeed_shard_of(inner))
     shard = _shard_of(weight)
     bias = bias.to_local() if isinstance(bias, DTensor) else bias
     return Projection(hidden_states, weight.to_local(), bias, shard=shard)
@@ -187,7 +187,9 @@ def check_is_linear(layer: Any, hidden_states: Tensor) -> None:
         projection = projection_of(inner, rows)
         rows = rows.to(projection.weight.device)
         own = type(inner).forward(inner, rows) if patched is None else patched(rows)
-    expected = projection.logits()
+    expected, shard = projection.logits(), projection.shard
+    if shard is not None and own.size(-1) == shard.vocab_size:
+        own = own[..., shard.first : shard.first + shard.size]
     difference = (own.to(expected.device).float() - expected.float()).abs().max().item()
     # bfloat16 is good to 1 %, hidden states rounded to FP8 to 5 %.
     tolerance = 0.1 if may_round else 0.02
@@ -389,3 +391,26 @@ def _shard_of(weight: DTensor) -> VocabularyShard | None:
             'output ("colwise"), or leave it out of the plan.'
         )
     return VocabularyShard(mesh.get_group(), weight.size(0))
+
+
+def _deepspeed_shard_of(layer: Any) -> VocabularyShard | None:
+    """The rows that DeepSpeed's tensor parallelism (AutoTP) has left on this rank; None where that is not in use.
+
+    Its layers average nothing and add up their input's gradient, as the gated head does.
+    """
+    group, sizes = getattr(layer, "mp_group", None), getattr(layer, "_partition_sizes", None)
+    if group is None or sizes is None:
+        return None
+    shard = VocabularyShard(group, sum(sizes))
+    # The same on all ranks, or one of them would wait for those that stop.
+    dealt = [
+        min(shard.largest_size, max(shard.vocab_size - rank * shard.largest_size, 0))
+        for rank in range(len(sizes))
+    ]
+    if list(sizes) != dealt or layer.weight.size(0) != shard.size:
+        raise ValueError(
+            f"The lm_head, DeepSpeed's {type(layer).__name__}, has a weight of {tuple(layer.weight.shape)} on this rank, of "
+            f"{sum(sizes):,} in parts of {tuple(sizes)}. The gated head supports rows dealt out evenly: a vocabulary "
+            f"that {len(sizes)} divides, sharded by the lm_head's output."
+        )
+    return shard

@@ -20,7 +20,7 @@ from torch import distributed
 from torch.nn import functional
 from transformers.distributed import DistributedConfig
 
-from ..updates import make_rows
+from ..updates import make_rows, trainable
 from .as_on_gpus import as_on_gpus, attend_to_all_parts
 from .deepspeed_files import DIRECTORY
 from .ranks import run_ranks
@@ -237,6 +237,34 @@ def test_tensor_parallelism(
     run: Run, sizes: dict[str, int], ranks: int, models: Path, tmp_path: Path
 ) -> None:
     compare(run, models, run_ranks(loaded_in_parts(run, sizes, models), tmp_path, ranks))
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+@pytest.mark.parametrize("run", [GLOBAL, Run("deft", model="tied")], ids=str)
+def test_tensor_parallelism_of_deepspeed(run: Run, models: Path, tmp_path: Path) -> None:
+    config = json.loads((DIRECTORY / "zero1.json").read_text())
+    config["tensor_parallel"] = {"autotp_size": 2}
+
+    def on(rank: int) -> tuple[Log, Parameters]:
+        from deepspeed import init_distributed
+        from deepspeed.module_inject.layers import GatherReplacedLayerParams
+
+        # Which transformers leaves out with use_cpu.
+        init_distributed(dist_backend="gloo")
+        trainer = make_trained(
+            run,
+            models,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            deepspeed=config,
+        )
+        parameters = {}
+        for name, value in trainable(trainer.model).items():
+            with GatherReplacedLayerParams([value], trainer.model):
+                parameters[name] = value.detach().clone()
+        return trainer.state.log_history, parameters
+
+    compare(run, models, run_ranks(on, tmp_path))
 
 
 @LOADS_IN_PARTS

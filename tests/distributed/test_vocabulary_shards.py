@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from deft_plugin import GatedLoss, add_gated_head, linear_gated_loss
+from deft_plugin.lm_head import projection_of
 from deft_plugin.ops.shard import VocabularyShard
 
 from ..head.oracle import make_batch
@@ -241,3 +243,24 @@ def test_torchs_own_colwise_lm_head_and_other_placements(tmp_path: Path) -> None
             model(**batch)
 
     run_ranks(on, tmp_path)
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed not installed")
+def test_shards_of_deepspeed_that_are_uneven_or_of_columns_are_refused(tmp_path: Path) -> None:
+    def on(rank: int) -> None:
+        from deepspeed import init_distributed
+        from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
+
+        init_distributed(dist_backend="gloo")
+        hidden = torch.randn(2, 6)
+        linear = nn.Linear(6, 9)
+        expected = linear.weight.detach()[3 * rank : 3 * rank + 3].clone()
+        projection = projection_of(LinearLayer(linear, distributed.group.WORLD), hidden)
+        assert torch.equal(projection.weight, expected)
+        assert projection.shard == VocabularyShard(distributed.group.WORLD, 9)
+        for kind, rows in ((LinearLayer, 10), (LinearAllreduce, 9)):
+            layer = kind(nn.Linear(6, rows), distributed.group.WORLD)
+            with pytest.raises(ValueError, match=f"{kind.__name__}.*vocabulary that 3 divides"):
+                projection_of(layer, hidden)
+
+    run_ranks(on, tmp_path, 3)
