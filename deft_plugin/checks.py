@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .lm_head import lm_head_of, lm_head_rows
+
 logger = logging.getLogger("deft_plugin")
 
 Integers = npt.NDArray[np.int64]
@@ -68,7 +70,7 @@ def _vocabulary_sizes(model: PreTrainedModel) -> dict[str, int]:
     default = model.config.get_text_config().vocab_size
     return {
         "input_ids": getattr(model.get_input_embeddings(), "num_embeddings", default),
-        "labels": getattr(model.get_output_embeddings(), "out_features", default),
+        "labels": lm_head_rows(lm_head_of(model)),
     }
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
-from .lm_head import Projection, check_is_linear, check_lm_head, innermost, project_with
+from .lm_head import Projection, check_is_linear, check_lm_head, innermost, lm_head_of, project_with
 from .objectives import Objective, build_objective
 from .ops import CoreSettings, GatedLoss, linear_gated_loss
 from .own_forward import OwnForward, UnknownForwardError, ordinary_tokens
@@ -117,6 +117,7 @@ class GatedHead:
         self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
         # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
+        wrapper: Any
         for wrapper in (outermost, getattr(outermost, "base_model", None)):
             if not isinstance(wrapper, nn.Module) or wrapper is self.model:
                 continue
@@ -461,7 +462,7 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name} is not a decoder-only causal LM: its labels are not the next token. Use "
             "deft_plugin.gated_loss on its logits instead."
         )
-    layer = model.get_output_embeddings()
+    layer = lm_head_of(model)
     if layer is None:
         raise ValueError(f"{name} has no lm_head: a causal LM is needed.")
     check_lm_head(layer)
@@ -469,7 +470,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 def _check_finite(model: PreTrainedModel) -> None:
     """Raise `ValueError` where the lm_head has numbers that are none."""
-    weight = getattr(innermost(model.get_output_embeddings()), "weight", None)
+    weight = getattr(innermost(lm_head_of(model)), "weight", None)
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
         return  # Quantised: whole numbers, with scales.
     if weight.element_size() < 2:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from .ops.shard import VocabularyShard
 from .substitution import forward_of, in_evaluation
@@ -63,6 +64,16 @@ class Projection:
             bias=None if self.bias is None else self.bias[:vocab_size],
             low_rank=None if low_rank is None else (low_rank[0], low_rank[1][:vocab_size]),
         )
+
+
+def lm_head_of(model: PreTrainedModel) -> Any:
+    """The layer that makes logits: the model's own, or that of the one language model in it; None without one."""
+    layer = model.get_output_embeddings()
+    if layer is not None:
+        return layer
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    layers = {id(layer): layer for part in parts if (layer := part.get_output_embeddings())}
+    return next(iter(layers.values())) if len(layers) == 1 else None
 
 
 def check_lm_head(layer: Any) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .lm_head import lm_head_device, lm_head_rows
+from .lm_head import lm_head_device, lm_head_of, lm_head_rows
 from .ops import GatedLoss
 from .ops.projection import LogitsTransform
 from .substitution import attribute_of, child_of
@@ -92,7 +92,7 @@ class OwnForward:
                 that is not known.
         """
         # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
-        layer: Any = model.get_output_embeddings()
+        layer = lm_head_of(model)
         state = _state_of(model, layer)
         measuring = state != self._measured_on
         if measuring:
@@ -399,14 +399,16 @@ def _probe_labels(logits: Tensor) -> Tensor:
 
 def ordinary_tokens(model: PreTrainedModel) -> Tensor:
     """(1, 4) ids that the configuration does not name, as it does an image's or the end's."""
+    # A model may have more embeddings than logits, for images, or fewer.
     embeddings: Any = model.get_input_embeddings()
-    size = embeddings.weight.size(0)
+    sizes = (getattr(embeddings, "num_embeddings", None), lm_head_rows(lm_head_of(model)))
+    size = min(size for size in sizes if size)
     named = {int(number) for number in _numbers_of(model) if float(number).is_integer()}
     # From the middle, where ordinary tokens are.
     order = (token for half in (range(size // 2, size), range(size // 2)) for token in half)
     ids = [token for token, _ in zip((t for t in order if t not in named), range(4), strict=False)]
     ids = (ids or [0]) * _PROBE_TOKENS
-    return torch.tensor([ids[:_PROBE_TOKENS]], device=embeddings.weight.device)
+    return torch.tensor([ids[:_PROBE_TOKENS]], device=next(embeddings.parameters()).device)
 
 
 def _numbers_of(model: PreTrainedModel) -> list[float]:

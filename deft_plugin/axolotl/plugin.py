@@ -15,6 +15,7 @@ from axolotl.utils.distributed import is_main_process
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..head import gated_head_of
+from ..lm_head import lm_head_of
 from ..objectives import Objective, build_objective
 from ..ops.availability import chooses_triton
 from .adjustments import adjust
@@ -115,13 +116,13 @@ class _CheckAtTrainBegin(TrainerCallback):
 def _summary(trainer: DEFTTrainer, objective: Objective) -> str:
     head = gated_head_of(trainer.model)
     assert head is not None
-    weight = head.model.get_output_embeddings().weight
+    trains = any(parameter.requires_grad for parameter in lm_head_of(head.model).parameters())
     path = (
         "triton" if chooses_triton(head.settings.path, trainer.args.device) else head.settings.path
     )
     return (
         f"objective {objective!r}; gated head on {type(head.model).__name__} "
-        f"({'trainable' if weight.requires_grad else 'frozen'} lm_head, path "
+        f"({'trainable' if trains else 'frozen'} lm_head, path "
         f"{path.replace('auto', 'chunked')}); loss over the tokens of the whole optimizer step on "
         f"{trainer.args.world_size} rank(s)."
     )
