@@ -117,11 +117,10 @@ class GatedHead:
         self.model.accepts_loss_kwargs = True
         setattr(self.model, _ATTRIBUTE, self)
         # PEFT's AdaptionPromptModel keeps its base model's forward, bound.
-        wrapper: Any
-        for wrapper in (outermost, getattr(outermost, "base_model", None)):
-            if not isinstance(wrapper, nn.Module) or wrapper is self.model:
-                continue
-            if getattr(vars(wrapper).get("forward"), "__self__", None) is self.model:
+        wrappers = (outermost, getattr(outermost, "base_model", None))
+        for wrapper in [each for each in wrappers if isinstance(each, nn.Module)]:
+            kept = None if wrapper is self.model else vars(wrapper).get("forward")
+            if getattr(kept, "__self__", None) is self.model:
                 wrapper.forward = self.model.forward
                 self._rebound.append(wrapper)
 
