@@ -120,7 +120,8 @@ class GatedHead:
         wrappers = (outermost, getattr(outermost, "base_model", None))
         for wrapper in [each for each in wrappers if isinstance(each, nn.Module)]:
             kept = None if wrapper is self.model else vars(wrapper).get("forward")
-            if getattr(kept, "__self__", None) is self.model:
+            owner = getattr(kept, "__self__", None)
+            if owner is not None and owner is self.model:
                 wrapper.forward = self.model.forward
                 self._rebound.append(wrapper)
 
