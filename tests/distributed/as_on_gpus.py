@@ -45,7 +45,7 @@ def attend_to_all_parts(group: Callable[[], Any]) -> None:
         ranks, all_positions = group(), position_ids
         if ranks is not None:
             key, value, all_positions = (
-                _Gather.apply(tensor, dimension, ranks)
+                Gather.apply(tensor, dimension, ranks)
                 for tensor, dimension in ((key, 2), (value, 2), (position_ids, 1))
             )
         repetitions = module.num_key_value_groups
@@ -57,7 +57,7 @@ def attend_to_all_parts(group: Callable[[], Any]) -> None:
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     """Every rank's tensor, one after the other. (On gloo, torch's own has a wrong gradient where it comes transposed.)"""
 
     @staticmethod
