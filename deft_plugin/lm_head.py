@@ -101,10 +101,20 @@ def innermost(layer: Any) -> Any:
 
 
 def lm_head_rows(layer: Any) -> int:
-    """How many logits the layer gives; an attribute where there is one, since ZeRO-3 leaves no weight to measure."""
+    """How many tokens the vocabulary has; an attribute where there is one, since ZeRO-3 leaves no weight to measure."""
     inner = innermost(layer)
+    shard = _deepspeed_shard_of(inner)
+    if shard is not None:
+        return shard.vocab_size
     rows: int = getattr(inner, "out_features", 0) or inner.weight.size(0)
     return rows
+
+
+def lm_head_width(layer: Any) -> int:
+    """How many logits the layer gives on this rank."""
+    inner = innermost(layer)
+    shard = _deepspeed_shard_of(inner)
+    return lm_head_rows(layer) if shard is None or inner.gather_output else shard.size
 
 
 def lm_head_device(layer: Any) -> torch.device:

@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .lm_head import lm_head_device, lm_head_of, lm_head_rows
+from .lm_head import lm_head_device, lm_head_of, lm_head_rows, lm_head_width
 from .ops import GatedLoss
 from .ops.projection import LogitsTransform
 from .substitution import attribute_of, child_of
@@ -100,7 +100,7 @@ class OwnForward:
             self._options = _options_of(forward)
             loss_functions = [part.loss_function for part in _around(model, self._places)]
         stand_in, loss = self._stand_in, self._loss
-        width, device = lm_head_rows(layer), lm_head_device(layer)
+        width, device = lm_head_width(layer), lm_head_device(layer)
         stand_in.begin(
             layer,
             _probe_of(width, device) if measuring else torch.zeros(1, 1, width, device=device),
