@@ -420,8 +420,13 @@ def _deepspeed_shard_of(layer: Any) -> VocabularyShard | None:
     Its layers average nothing and add up their input's gradient, as the gated head does.
     """
     group, sizes = getattr(layer, "mp_group", None), getattr(layer, "_partition_sizes", None)
-    if group is None or sizes is None:
+    if group is None:
         return None
+    if sizes is None:
+        raise ValueError(
+            f"The lm_head is DeepSpeed's {type(layer).__name__}, which does not tell which of its rows are on which rank. Use "
+            "DeepSpeed 0.19.8 or later with tensor_parallel, or leave tensor_parallel out."
+        )
     shard = VocabularyShard(group, sum(sizes))
     # The same on all ranks, or one of them would wait for those that stop.
     dealt = [

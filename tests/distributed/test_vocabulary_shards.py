@@ -262,5 +262,9 @@ def test_shards_of_deepspeed_that_are_uneven_or_of_columns_are_refused(tmp_path:
             layer = kind(nn.Linear(6, rows), distributed.group.WORLD)
             with pytest.raises(ValueError, match=f"{kind.__name__}.*vocabulary that 3 divides"):
                 projection_of(layer, hidden)
+        # As in DeepSpeed 0.19.5.
+        del layer._partition_sizes
+        with pytest.raises(ValueError, match=r"LinearAllreduce.*0\.19\.8"):
+            projection_of(layer, hidden)
 
     run_ranks(on, tmp_path, 3)
