@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -124,6 +124,15 @@ class GatedHead:
             if owner is not None and owner is self.model:
                 wrapper.forward = self.model.forward
                 self._rebound.append(wrapper)
+
+    def keep_over(self, forward: Callable[..., Any]) -> None:
+        """Have a forward that was to take the gated one's place on the instance run without labels alone."""
+        self._own_attributes["forward"] = forward
+        logger.warning(
+            "%s has put another forward on a model with a gated head. It runs without labels; with labels the "
+            "gated head stays.",
+            getattr(forward, "__module__", type(forward).__name__),
+        )
 
     def remove(self) -> None:
         """Give the model its own forward back.
@@ -357,6 +366,13 @@ def _gated_class(own_class: Any) -> Any:
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, _ATTRIBUTE).forward(self, args, kwargs)
 
+    def __setattr__(self: PreTrainedModel, name: str, value: Any) -> None:
+        # Liger's patch of an instance, which Trainer makes with use_liger_kernel=True, would undo the head silently.
+        if name == "forward" and inspect.isroutine(value) and not _leads_to(value, forward):
+            getattr(self, _ATTRIBUTE).keep_over(value)
+        else:
+            super(gated_class, self).__setattr__(name, value)
+
     def __reduce_ex__(self: PreTrainedModel, protocol: Any) -> Any:
         # Pickle finds classes by name, and would find the model's own one.
         _, _, *state = super(gated_class, self).__reduce_ex__(protocol)
@@ -369,9 +385,20 @@ def _gated_class(own_class: Any) -> Any:
     # The model's own name, which is saved in config.json and looked up by transformers.
     names = ("__module__", "__qualname__", "__doc__")
     namespace = {name: getattr(own_class, name) for name in names}
-    namespace.update(forward=forward, __reduce_ex__=__reduce_ex__)
+    namespace.update(forward=forward, __setattr__=__setattr__, __reduce_ex__=__reduce_ex__)
     gated_class: Any = type(own_class.__name__, (own_class,), namespace)
     return gated_class
+
+
+def _leads_to(function: Any, forward: Any, depth: int = 8) -> bool:
+    """Whether `function` is a wrapper around `forward`, of however many layers: accelerate's, TRL's."""
+    if function is forward or not depth:
+        return function is forward
+    inner = [getattr(function, name, None) for name in ("__func__", "__wrapped__", "func")]
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # An empty one.
+            inner.append(cell.cell_contents)
+    return any(_leads_to(part, forward, depth - 1) for part in inner if callable(part))
 
 
 def _empty_gated_model(own_class: Any) -> PreTrainedModel:
