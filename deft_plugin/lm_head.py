@@ -101,11 +101,14 @@ def innermost(layer: Any) -> Any:
 
 
 def lm_head_rows(layer: Any) -> int:
-    """How many tokens the vocabulary has; an attribute where there is one, since ZeRO-3 leaves no weight to measure."""
+    """How many tokens the vocabulary has; an attribute where ZeRO-3 leaves no weight to measure, or it is packed."""
     inner = innermost(layer)
     shard = _deepspeed_shard_of(inner)
     if shard is not None:
         return shard.vocab_size
+    if type(getattr(inner, "weight", None)) is nn.Parameter and _is_dense(inner):
+        # PEFT's copy of a tied lm_head has its two sizes in the wrong places.
+        return int(inner.weight.size(0)) or int(inner.out_features)
     rows: int = getattr(inner, "out_features", 0) or inner.weight.size(0)
     return rows
 

@@ -221,13 +221,22 @@ _SPECIAL = (
     "<|USER_TOKEN|> <|CHATBOT_TOKEN|> <|startoftext|>"
 )
 VOCAB_SIZE = 1024
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_tokenizer(template: str | None, eos: str, **attributes: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer in which most words of the data sets are one token.
 
     Args:
-        template: the name of one of TRL's chat templates, or the text of one, or None for none.
+        template: the name of one of TRL's chat templates, or None for none. A plain one where this version of TRL
+            does not have it.
         eos: the end-of-text token.
         attributes: special tokens that a processor asks for, by name: `image_token`, ...
     """
@@ -254,7 +263,8 @@ def make_tokenizer(template: str | None, eos: str, **attributes: str) -> PreTrai
     )
     if template is not None:
         file = Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja"
-        fast.chat_template = file.read_text() if file.exists() else template
+        plain = _PLAIN_TEMPLATE.replace("IMAGE", attributes.get("image_token", "<image>"))
+        fast.chat_template = file.read_text() if file.exists() else plain
     return fast
 
 
@@ -311,9 +321,8 @@ TEXT_MODELS: dict[str, tuple[str, str | None, str, dict[str, Any]]] = {
         "nemotron_3_nano",
         _QWEN_EOS,
         {
-            "hybrid_override_pattern": "M*E-",
-            "layers_block_type": ["mamba", "attention", "moe", "mlp"],
-            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "num_hidden_layers": 3,
             "mamba_num_heads": 4,
             "mamba_head_dim": 8,
             "ssm_state_size": 8,

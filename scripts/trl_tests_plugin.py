@@ -15,9 +15,11 @@ from typing import Any
 import datasets
 import local_hub
 import pytest
+import torch
 import trl
+from transformers.utils import import_utils as transformers_utils
 from trl import import_utils
-from trl.trainer import sft_trainer
+from trl.trainer import base_config, sft_trainer
 
 import deft_plugin
 
@@ -33,6 +35,18 @@ def _absent(name: str) -> Any:
     if name.startswith("is_"):
         return lambda: False
     return lambda *args, **kwargs: pytest.skip(f"this version of TRL has no {name}")
+
+
+def _train_on_the_cpu() -> None:
+    """What configurations of some versions have to be told, since they ask for bfloat16 by default."""
+    original: Any = base_config._BaseConfig.__post_init__
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        self.use_cpu = True
+        original(self)
+
+    base_config._BaseConfig.__post_init__ = __post_init__
 
 
 def _make_default(loss_type: str) -> None:
@@ -58,6 +72,11 @@ def _make_default(loss_type: str) -> None:
 
 for module in (import_utils, sft_trainer):
     vars(module)["__getattr__"] = _absent
+if not torch.accelerator.is_available():
+    _train_on_the_cpu()
+    # Packages whose kernels run on a GPU only.
+    vars(import_utils)["is_liger_kernel_available"] = lambda *args, **kwargs: False
+    vars(transformers_utils)["is_flash_linear_attention_available"] = lambda: False
 if os.environ.get("TRL_TESTS_LOSS"):
     _make_default(os.environ["TRL_TESTS_LOSS"])
 

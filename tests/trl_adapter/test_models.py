@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from deft_plugin import gated_head_of
@@ -84,6 +91,23 @@ def test_trainable_tokens(tmp_path: Path, tied: bool) -> None:
     lora = LoraConfig(**LORA, trainable_token_indices=indices)
     trainer = make_trainer(config(tmp_path), make_rows(4), model, peft_config=lora)
     assert any("trainable_tokens_delta" in name for name in trainable(trainer.model))
+    assert_step_is_that_of_the_formula(trainer)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[5, 6, 7, 60]),
+        LoraConfig(**{**LORA, "target_modules": ["embed_tokens"]}),
+        LoraConfig(**LORA, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"]),
+    ],
+    ids=["tokens", "lora", "whole and tied", "whole"],
+)
+def test_adapters_beside_the_lm_head(tmp_path: Path, adapter: PeftConfig, tied: bool) -> None:
+    model = tiny_model("llama", initializer_range=0.08, tie_word_embeddings=tied).double()
+    trainer = make_trainer(config(tmp_path), make_rows(4), model, peft_config=adapter)
     assert_step_is_that_of_the_formula(trainer)
 
 
