@@ -67,13 +67,12 @@ class Projection:
 
 
 def lm_head_of(model: PreTrainedModel) -> Any:
-    """The layer that makes logits: the model's own, or that of the one language model in it; None without one."""
+    """The layer that makes logits: the model's own, or that of its `language_model`; None without one."""
     layer = model.get_output_embeddings()
-    if layer is not None:
-        return layer
-    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-    layers = {id(layer): layer for part in parts if (layer := part.get_output_embeddings())}
-    return next(iter(layers.values())) if len(layers) == 1 else None
+    part = getattr(model, "language_model", None)
+    if layer is None and isinstance(part, PreTrainedModel):
+        return part.get_output_embeddings()
+    return layer
 
 
 def check_lm_head(layer: Any) -> None:
