@@ -13,6 +13,7 @@ from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.loaders import ModelLoader
 from axolotl.utils.dict import DictDefault
 from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from deft_plugin import build_objective, gated_head_of
 from deft_plugin.axolotl import DEFTPlugin
@@ -179,7 +180,9 @@ def test_a_plugin_that_cannot_be_imported_stops_the_run(monkeypatch: pytest.Monk
         PluginManager.get_instance().register(PLUGIN)
 
 
-def test_mamba_trains_on_its_labels(tmp_path: Path) -> None:
+def test_mamba_trains_on_its_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # flash-linear-attention, which other tests import, registers a Mamba of its own under the same name.
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, "mamba", raising=False)
     model = tiny_model("mamba", state_size=4, num_heads=2)
     model.save_pretrained(tmp_path / "mamba")
     tiny_tokenizer().save_pretrained(tmp_path / "mamba")
