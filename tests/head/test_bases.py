@@ -27,6 +27,7 @@ from transformers import (
     default_data_collator,
 )
 from transformers.integrations import finegrained_fp8
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from deft_plugin import add_gated_head, gated_head_of
 from deft_plugin.quantization import keep_cpu_weights_unpacked
@@ -340,39 +341,37 @@ try:
     def _tanh(x):  # type: ignore[no-untyped-def]
         return 2 * tl.sigmoid(2 * x) - 1
 except ImportError:
-    triton = None
+    pass
 
 
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Liger's patches, its Triton kernels in Triton's interpreter, and transformers as it was after them."""
+    # Liger imports flash-linear-attention, which registers models of its own under transformers' names.
+    registered = dict(CONFIG_MAPPING._extra_content)
     patches = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    CONFIG_MAPPING._extra_content = registered
     if torch.cuda.is_available():
         pytest.skip("Triton's kernels have been compiled for the GPU")
-    # What the interpreter has not got: functions of CUDA's library, and a device to time kernels on.
+    # What the interpreter has not got: functions of CUDA's library.
     for module in [m for name, m in sys.modules.items() if name.startswith("liger_kernel.ops")]:
         for name, function in (("rsqrt", _rsqrt), ("tanh", _tanh)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)
-    monkeypatch.setattr(
-        triton.runtime.autotuner.Autotuner, "_bench", lambda *_, **__: [0.0, 0.0, 0.0]
-    )
-    before = {
-        module: dict(vars(module))
-        for name, module in sys.modules.items()
-        if name.startswith("transformers.models.") and "modeling_" in name
-    }
+    names = ("llama", "gemma2", "mixtral")
+    modules = [importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in names]
+    before = {module: dict(vars(module)) for module in modules}
     classes = [
         (cls, cls.forward)
-        for names in before.values()
-        for cls in names.values()
+        for attributes in before.values()
+        for cls in attributes.values()
         if inspect.isclass(cls) and "forward" in vars(cls)
     ]
     cross_entropy = nn.functional.cross_entropy
     yield patches
     nn.functional.cross_entropy = cross_entropy
-    for module, names in before.items():
-        vars(module).update(names)
+    for module, attributes in before.items():
+        vars(module).update(attributes)
     for cls, forward in classes:
         cls.forward = forward
 
