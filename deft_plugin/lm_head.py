@@ -105,11 +105,14 @@ def lm_head_rows(layer: Any) -> int:
     shard = _deepspeed_shard_of(inner)
     if shard is not None:
         return shard.vocab_size
-    if type(getattr(inner, "weight", None)) is nn.Parameter and _is_dense(inner):
-        # PEFT's copy of a tied lm_head has its two sizes in the wrong places.
-        return int(inner.weight.size(0)) or int(inner.out_features)
-    rows: int = getattr(inner, "out_features", 0) or inner.weight.size(0)
-    return rows
+    # Not `inner.weight`, at which ZeRO-3 would gather it for as long as the layers run.
+    weight: Any = inner._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1:
+        # PEFT's copy of a tied lm_head has its two sizes in the wrong places. Under ZeRO-3 no number is left.
+        shape = getattr(weight, "ds_shape", weight.shape)
+        if len(shape) == 2 and shape[0]:
+            return int(shape[0])
+    return int(getattr(inner, "out_features", 0) or inner.weight.size(0))
 
 
 def lm_head_width(layer: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import local_hub
@@ -53,11 +54,8 @@ def test_outcomes_without_the_plugin_and_with_it(
     monkeypatch.setattr(trl_tests, "make_hub", lambda cache: {"a/model": "ImportError: no"})
 
     def compared(*arguments: str) -> tuple[int, str]:
-        class Context:
-            args = list(arguments)
-
         with pytest.raises(SystemExit) as end:
-            trl_tests.main(Context(), checkout)  # type: ignore[arg-type]
+            trl_tests.main(SimpleNamespace(args=[*arguments]), checkout)  # type: ignore[arg-type]
         return int(end.value.code or 0), capsys.readouterr().out
 
     status, said = compared()
