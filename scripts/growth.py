@@ -364,17 +364,23 @@ def plan_command(
         micro_batches,
     )
     computing = plan.flops() / (rate * 1e12)
+    model = f"P={plan.parameters:.3g} T={plan.trained:.3g} V={vocab:,} H={hidden:,} L={layers}"
     table = Table(
-        title=f"{ranks} ranks, {micro_batches} x {tokens:,} tokens a rank; arithmetic {computing:.2f} s a step"
+        title=f"{model}; {ranks} ranks, {micro_batches} x {tokens:,} tokens a rank; "
+        f"arithmetic {computing:.2f} s a step"
     )
     for column in ("strategy", "sent by a rank", "takes", "of the arithmetic"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for strategy, sent in plan.sent_bytes().items():
         sending = sent / (bandwidth * 1e9)
         # Tensor parallelism shares one micro-batch's arithmetic among the ranks.
-        share = computing / ranks if strategy.startswith("tensor") else computing
+        shared = strategy.startswith("tensor")
+        part = f"{sending / (computing / ranks if shared else computing):.0%}"
         table.add_row(
-            strategy, f"{sent / 2**30:,.3f} GiB", f"{sending:.3f} s", f"{sending / share:.0%}"
+            strategy,
+            f"{sent / 2**30:,.3f} GiB",
+            f"{sending:.3f} s",
+            f"{part} of a rank's share" if shared else part,
         )
     console.print(table)
 
