@@ -6,19 +6,22 @@
 
 Each file is validated as `axolotl train` does it before it loads data and model, as it is and with the one line added
 and nothing else, both times as on eight H100 with the packages that Axolotl's extras install. Counted are the files that are
-valid without the line and fine-tune a language model on labels.
+valid without the line and fine-tune a language model on labels. The home directory is an empty one meanwhile: Axolotl's
+NeMo Gym plugin clones a repository into it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
+from unittest import mock
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -62,8 +65,9 @@ def judge(directory: Path) -> list[Verdict]:
     working_directory = Path.cwd()
     os.chdir(directory.parent)
     try:
-        found = (_judge_file(path) for path in sorted(directory.rglob("*.y*ml")))
-        return [verdict for verdict in found if verdict is not None]
+        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, {"HOME": home}):
+            found = (_judge_file(path) for path in sorted(directory.rglob("*.y*ml")))
+            return [verdict for verdict in found if verdict is not None]
     finally:
         os.chdir(working_directory)
         torch.accelerator.is_available = is_available
