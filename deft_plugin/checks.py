@@ -291,9 +291,9 @@ def _lists(
         columns = {}
         for name in names:
             column = table[name].combine_chunks()
-            values = column.flatten()
-            if not pa.types.is_integer(values.type):
+            if not _is_list(column.type) or not pa.types.is_integer(column.type.value_type):
                 raise ValueError(f"{name} holds {column.type}, and lists of integers are needed.")
+            values = column.flatten()
             if column.null_count or values.null_count:
                 raise ValueError(
                     f"{name} has nulls among rows {start:,} to {start + len(table) - 1:,}."
@@ -304,6 +304,12 @@ def _lists(
             columns[name] = (values, ends - lengths, ends)
         yield start, columns
         start += len(table)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
 
 
 def _sums(flags: npt.NDArray[np.bool_], starts: Integers, ends: Integers) -> Integers:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
 from peft import PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
@@ -163,6 +163,9 @@ def test_padding_outside_the_vocabulary(tmp_path: Path) -> None:
             "train_dataset: input_ids holds list<.*double>, and lists of int",
         ),
         ({"input_ids": [[[1], [2]]]}, "train_dataset: input_ids holds list<.*list<"),
+        ({"input_ids": ["a", "b"], "labels": ["a", "b"]}, "input_ids holds string, and lists of"),
+        ({"input_ids": [1, 2]}, "input_ids holds int.., and lists of integers are needed"),
+        ({"input_ids": [[1, 2]], "labels": [None]}, "labels holds null, and lists of"),
         ({"input_ids": [[1, None]]}, "train_dataset: input_ids has nulls among rows 0 to 0"),
         ({"input_ids": [[1, 2], None]}, "train_dataset: input_ids has nulls"),
         ({"input_ids": [[1, 2], [1, 2]], "labels": [[1, 2], [1]]}, "1 of 2 rows have .* row 1"),
@@ -171,6 +174,14 @@ def test_padding_outside_the_vocabulary(tmp_path: Path) -> None:
 )
 def test_columns_of_another_kind(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     refused(tmp_path, Dataset.from_dict(columns), message, dataset_kwargs=UNPREPARED)
+
+
+@pytest.mark.parametrize("kind", [LargeList(Value("int64")), List(Value("int32"), length=3)])
+def test_lists_of_every_kind_are_counted(kind: Any) -> None:
+    features = Features({"input_ids": kind})
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5, 9]]}, features)
+    counts = count_tokens(rows, {"input_ids": 9}, None, None)
+    assert (counts.rows, counts.outside) == (2, {"input_ids": (1, 1, 9)})
 
 
 def test_a_transform_is_not_looked_behind(tmp_path: Path) -> None:
