@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 
 
 def main() -> None:
@@ -13,11 +16,13 @@ def main() -> None:
 
         sft(arguments)
     elif command == "objectives" and not arguments:
-        _list_objectives()
+        with _may_be_cut_short():
+            _list_objectives()
     elif command == "doctor":
         from .doctor import main as doctor
 
-        doctor(arguments)
+        with _may_be_cut_short():
+            doctor(arguments)
     elif command in ("-h", "--help", "help", "objectives"):
         print(
             "usage: deft sft [flags and YAML of `trl sft`, with --loss_type deft]\n"
@@ -31,16 +36,26 @@ def main() -> None:
         raise SystemExit(2)
 
 
-def _list_objectives() -> None:
-    from dataclasses import fields
+@contextlib.contextmanager
+def _may_be_cut_short() -> Iterator[None]:
+    """End quietly, with status 1, when the reader of the output has read enough, as `head` does."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes what is left when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
+
+def _list_objectives() -> None:
     from .objectives import objective_names
-    from .objectives.registry import objective_class
+    from .objectives.registry import describe_parameters, objective_class
 
     for name in objective_names():
         cls = objective_class(name)
         summary = (cls.__doc__ or "").strip().splitlines()[0]
-        parameters = ", ".join(f"{field.name}={field.default!r}" for field in fields(cls))
+        parameters = describe_parameters(cls)
         print(f"{name:14} {summary}" + (f"\n{'':14} {parameters}" if parameters else ""))
 
 

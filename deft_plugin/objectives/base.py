@@ -192,7 +192,7 @@ def _checked(objective: str, field: str, value: Any, annotation: Any) -> Any:
             return int(value)
         if option is float and is_number:
             return float(value)
-    expected = " or ".join(_describe(option) for option in options)
+    expected = " or ".join(describe_type(option) for option in options)
     hint = ""
     if _is_number(value) and any(option in (int, float) for option in options):
         hint = " YAML reads 1e-3 as text: write 0.001 or 1.0e-3."
@@ -208,7 +208,8 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _describe(annotation: Any) -> str:
+def describe_type(annotation: Any) -> str:
+    """What a parameter of this type takes, in words."""
     if annotation in (None, type(None)):
         return "None"
     if typing.get_origin(annotation) is Literal:

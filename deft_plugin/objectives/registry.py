@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .base import Objective, check_needs
+from .base import Objective, check_needs, describe_type
 from .statistics import TokenStatistics
 
 # What trainers take beside an objective's parameters, under the same heading.
@@ -96,6 +97,10 @@ def build_objective(
         ValueError: an unknown name or parameter, or a value outside its range. The message names
             the field, the value and the valid choices.
     """
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise ValueError(
+            f"parameters={parameters!r} must be a mapping of names to values, or None for the defaults."
+        )
     parameters = dict(parameters or {})
     if isinstance(spec, Objective):
         if parameters:
@@ -108,10 +113,11 @@ def build_objective(
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for parameter in parameters:
         if parameter not in fields:
-            choices = (
-                _suggest(str(parameter), tuple(fields)) if fields else " It takes no parameters."
+            names = (*fields, *(name for name in RESERVED_PARAMETERS if name != parameter))
+            own = f" Valid choices: {', '.join(fields)}." if fields else " It takes no parameters."
+            raise ValueError(
+                f"Objective {spec!r} has no parameter {parameter!r}.{_guess(str(parameter), names)}{own}"
             )
-            raise ValueError(f"Objective {spec!r} has no parameter {parameter!r}.{choices}")
     return cls(**parameters)
 
 
@@ -119,13 +125,29 @@ def objective_class(name: str) -> type[Objective]:
     """The class registered under `name`, or a `ValueError` with the valid choices."""
     cls = _OBJECTIVES.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ValueError(f"Unknown objective {name!r}.{_suggest(str(name), objective_names())}")
+        names = objective_names()
+        raise ValueError(
+            f"Unknown objective {name!r}.{_guess(str(name), names)} Valid choices: {', '.join(names)}."
+        )
     return cls
 
 
 def objective_names() -> tuple[str, ...]:
     """Names of all registered objectives, in order of registration."""
     return tuple(_OBJECTIVES)
+
+
+def describe_parameters(cls: type[Objective]) -> str:
+    """Parameters with their defaults, and in brackets what else one of several kinds or choices may be."""
+    hints = typing.get_type_hints(cls)
+    texts = []
+    for field in dataclasses.fields(cls):
+        hint, default = hints[field.name], repr(field.default)
+        describe = repr if typing.get_origin(hint) is typing.Literal else describe_type
+        options = [describe(option) for option in typing.get_args(hint)]
+        others = ", ".join(option for option in options if option != default)
+        texts.append(f"{field.name}={default}" + (f" (or {others})" if others else ""))
+    return ", ".join(texts)
 
 
 def _add(name: str, cls: type[Objective]) -> None:
@@ -180,7 +202,8 @@ def _parameters_of(function: LossFunction) -> list[tuple[str, Any, Any]]:
     return fields
 
 
-def _suggest(name: str, choices: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, choices, n=1)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{guess} Valid choices: {', '.join(choices)}."
+def _guess(name: str, choices: tuple[str, ...]) -> str:
+    """A question that names the nearest of the choices, also where only the case differs; "" without one."""
+    lowered = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f" Did you mean {lowered[close[0]]!r}?" if close else ""

@@ -37,6 +37,34 @@ def test_an_unknown_name_is_answered_with_the_closest_and_all_valid_ones() -> No
     assert all(name in str(error.value) for name in deft_plugin.objective_names())
 
 
+@pytest.mark.parametrize("name", ["DEFT", "Deft"])
+def test_a_name_in_another_case_is_answered_with_the_right_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Unknown objective {name!r}. Did you mean 'deft'"):
+        build_objective(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "setting"),
+    [
+        ("deft", "tile_row", "tile_rows"),
+        ("deft", "Path", "path"),
+        ("alpha", "skipbelow", "skip_below"),
+    ],
+)
+def test_a_misspelt_setting_among_the_parameters_is_recognised(
+    name: str, parameter: str, setting: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"parameter {parameter!r}. Did you mean {setting!r}\?"):
+        build_objective(name, {parameter: 1})
+
+
+@pytest.mark.parametrize("parameters", ["x", [], [("a", 1)], 0])
+def test_parameters_that_are_no_mapping_are_refused(parameters: Any) -> None:
+    with pytest.raises(ValueError, match=r"parameters=.* must be a mapping .* or None") as error:
+        build_objective("alpha", parameters)
+    assert repr(parameters) in str(error.value)
+
+
 @pytest.mark.parametrize("spec", [None, 3, ["deft"]])
 def test_what_is_no_name_is_refused(spec: Any) -> None:
     with pytest.raises(ValueError, match="Unknown objective"):

@@ -165,6 +165,18 @@ def test_list_of_objectives(
     listed = capsys.readouterr().out
     assert [name for name in deft_plugin.objective_names() if f"{name} " not in listed] == []
     assert "floor_coefficient=0.5" in listed
+    assert "scope='auto' (or 'ema', 'global', 'micro_batch', 'fixed')" in listed
+    assert "entropy='top_k' (or 'full')" in listed
+    assert "decay=None (or a number)" in listed
+
+
+def test_a_reader_that_has_read_enough_ends_the_list_quietly() -> None:
+    command = [sys.executable, "-m", "deft_plugin.cli", "objectives"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("argument", [[], ["--help"]])

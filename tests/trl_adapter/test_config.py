@@ -96,6 +96,8 @@ def test_help_names_every_objective(config_class: Any) -> None:
     ("values", "message"),
     [
         ({"loss_type": "deftt"}, r"(?s)loss_type='deftt'.*deft.*cayley_trans.*TRL's own: 'nll'"),
+        ({"loss_type": "DEFT"}, r"'DEFT'. Did you mean 'deft'\?"),
+        ({"loss_type": "deft", "loss_kwargs": {"tile_row": 5}}, r"Did you mean 'tile_rows'\?"),
         ({"loss_type": "alpha", "loss_kwargs": {"b": 1}}, "'b'"),
         ({"loss_type": "alpha", "loss_kwargs": {"a": -1}}, "'a'.*-1"),
         ({"loss_type": "deft", "loss_kwargs": {"a": 0.5}}, "'deft'.*'a'"),
