@@ -12,6 +12,7 @@ from typing import Any
 import trl
 from trl.trainer import sft_trainer
 
+from ..metrics import METRICS
 from ..objectives import Objective, build_objective, objective_names
 from ..ops import CoreSettings, split_settings
 
@@ -20,6 +21,10 @@ from ..ops import CoreSettings, split_settings
 HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 # These names stay TRL's own. None is TRL 1.9's default; since 1.15 "chunked_nll" is an old name of "nll".
 TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
+# Metrics that come with an objective, and not with TRL's own loss.
+_OWN_METRICS = tuple(
+    f"_{name}" for name in METRICS if name not in ("entropy", "mean_token_accuracy")
+)
 
 LOSS_KWARGS_HELP = (
     "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "
@@ -60,6 +65,22 @@ def objective_of(args: Any) -> Objective | None:
 def core_settings_of(args: Any) -> CoreSettings:
     """How training arguments want the objective to be computed."""
     return split_settings(_parse(getattr(args, "loss_kwargs", None)))[0]
+
+
+def check_metric_for_best_model(args: Any) -> None:
+    """Raise `ValueError` for one of this package's metrics with TRL's own loss, whose first evaluation lacks it."""
+    metric = f"_{getattr(args, 'metric_for_best_model', None)}"
+    if not metric.endswith(_OWN_METRICS) or args.eval_strategy == "no":
+        return
+    instead = (
+        "loss_type='p', which has the gradient of 'dft'"
+        if args.loss_type == "dft"
+        else "loss_type='alpha', loss_kwargs={'a': 0}, which is 'nll'"
+    )
+    raise ValueError(
+        f"metric_for_best_model={args.metric_for_best_model!r} comes with the objectives of deft_plugin, and "
+        f"loss_type={args.loss_type!r} is TRL's own loss, without it. Set it to 'eval_loss', or keep it with {instead}."
+    )
 
 
 def _parse(parameters: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ..training import GatedTraining, own_rows
 from .config import (
     HAS_FUSED_HEAD,
     SFTConfig,
+    check_metric_for_best_model,
     core_settings_of,
     extend_config_class,
     objective_of,
@@ -106,6 +107,9 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         objective = objective_of(training_args)
         _remove_gated_head(arguments.get("model"))
         if objective is None:
+            # A subclass's code and compute_metrics may have metrics of any name.
+            if type(self) is cls and arguments.get("compute_metrics") is None:
+                check_metric_for_best_model(training_args)
             original["__init__"](self, *args, **kwargs)
             return
         settings = core_settings_of(training_args)

@@ -219,6 +219,54 @@ def test_best_checkpoint_is_chosen_by_a_metric(tmp_path: Path, metric: str, best
     assert trainer.evaluate()[metric] == pytest.approx(best(values), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("own", "instead"),
+    [
+        ({"loss_type": "nll"}, {"loss_type": "alpha", "loss_kwargs": {"a": 0}}),
+        ({"loss_type": "dft"}, {"loss_type": "p"}),
+    ],
+    ids=["nll", "dft"],
+)
+def test_a_metric_that_trls_own_loss_lacks_is_refused_with_a_loss_that_has_it(
+    tmp_path: Path, own: dict[str, Any], instead: dict[str, Any]
+) -> None:
+    steps = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    keys = {**steps, "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    rows = make_rows(4)
+
+    def trainer(**loss: Any) -> Any:
+        args = config(tmp_path, **keys, **loss)
+        return make_trainer(args, rows, eval_dataset=as_dataset(rows))
+
+    with pytest.raises(ValueError, match="metric_for_best_model='eval_nll' comes with") as error:
+        trainer(**own, metric_for_best_model="eval_nll")
+    assert "Set it to 'eval_loss'" in str(error.value)
+    assert all(f"{key}={value!r}" in str(error.value) for key, value in instead.items())
+    # TRL has this one too.
+    trls = trainer(**own, metric_for_best_model="eval_entropy")
+    ours = trainer(**instead, metric_for_best_model="eval_nll")
+    for each in (trls, ours):
+        each.train()
+        assert each.state.best_metric is not None
+    if own["loss_type"] == "nll":
+        # TRL sums in float32.
+        assert logged(ours, "loss") == pytest.approx(logged(trls, "loss"), rel=1e-6)
+    states = [dict(each.model.named_parameters()) for each in (trls, ours)]
+    for name, parameter in states[0].items():
+        torch.testing.assert_close(parameter, states[1][name])
+
+
+def test_a_metric_of_ones_own_code_with_trls_own_loss_is_not_refused(tmp_path: Path) -> None:
+    rows = make_rows(2)
+    keys = {"loss_type": "nll", "eval_strategy": "steps", "metric_for_best_model": "eval_nll"}
+    make_trainer(
+        config(tmp_path, **keys),
+        rows,
+        eval_dataset=as_dataset(rows),
+        compute_metrics=lambda prediction: {"nll": 1.0},
+    )
+
+
 @pytest.mark.parametrize("loss_only", [False, True])
 def test_compute_metrics_gets_the_logits(tmp_path: Path, loss_only: bool) -> None:
     rows = make_rows(3, seed=1)
