@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -26,6 +27,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +38,8 @@ from .ops import linear_gated_loss
 from .ops.availability import chooses_triton
 
 AXOLOTL_PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
+# The class may be named by the module that defines it too.
+_AXOLOTL_PLUGINS = (AXOLOTL_PLUGIN, "deft_plugin.axolotl.plugin.DEFTPlugin")
 # Extras of this package whose requirements are those of a trainer.
 TRAINER_EXTRAS = ("trl", "qlora", "axolotl", "deepspeed")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst")
@@ -73,7 +77,7 @@ def check_environment() -> Iterator[Finding]:
     """Versions against what this package asks for, the device, and the loss on it."""
     yield Finding("ok", f"Python {platform.python_version()}")
     yield from _check_versions()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = _device()
     path = "triton" if chooses_triton("auto", device) else "chunked"
     yield Finding("ok", f"device {device.type}: losses run on the {path} path")
     yield _check_loss(device)
@@ -85,6 +89,11 @@ def check_environment() -> Iterator[Finding]:
             yield Finding("error", f"{AXOLOTL_PLUGIN} cannot be imported: {error}")
         else:
             yield Finding("ok", f"Axolotl can import {AXOLOTL_PLUGIN}")
+
+
+def _device() -> torch.device:
+    # PyTorch built for a GPU names it also where there is none.
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _check_versions() -> Iterator[Finding]:
@@ -127,13 +136,13 @@ def _installed(name: str) -> bool:
 def _check_loss(device: torch.device) -> Finding:
     """The fused loss and its gradients on `device` against the definition on full logits."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(48, 32, generator=generator).to(device)
-    weight = torch.randn(1000, 32, generator=generator).to(device)
-    targets = torch.randint(1000, (48,), generator=generator).to(device)
+    hidden = torch.randn(48, 32, generator=generator)
+    weight = torch.randn(1000, 32, generator=generator)
+    targets = torch.randint(1000, (48,), generator=generator)
 
     def run(path: Literal["auto", "reference"]) -> list[torch.Tensor]:
-        inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
-        loss = linear_gated_loss(inputs[0], inputs[1], targets, "deft", path=path).loss
+        inputs = [tensor.to(device, copy=True).requires_grad_() for tensor in (hidden, weight)]
+        loss = linear_gated_loss(inputs[0], inputs[1], targets.to(device), "deft", path=path).loss
         return [loss, *torch.autograd.grad(loss, inputs)]
 
     try:
@@ -158,7 +167,7 @@ def check_yaml(path: Path) -> Iterator[Finding]:
     elif "base_model" in values:
         yield from _check_axolotl(values)
     elif "model_name_or_path" in values:
-        yield from _check_trl(path)
+        yield from _check_trl(path, values)
     else:
         yield Finding(
             "error", "has neither base_model (Axolotl) nor model_name_or_path (trl sft) in it"
@@ -188,13 +197,23 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", str(error))
         return
     yield from (Finding("note", change) for change in changes)
-    texts = [*_missing_files(values), *_deepspeed_problems(values.get("deepspeed"))]
+    from .axolotl.args import DEFTSettings
+
+    settings, parameters = DEFTSettings(**(cfg.deft or {})).split()
+    texts = [
+        *_missing_files(values),
+        *_deepspeed_problems(values.get("deepspeed")),
+        *_path_problems(settings.path, _device()),
+    ]
     found = [*unknown_keys(values), *(Finding("error", text) for text in texts)]
     yield from found
+    if values.get("processor_type") and not _installed("torchvision"):
+        yield Finding(
+            "note",
+            f"processor_type: {values['processor_type']}: its image processor may need torchvision, which is not "
+            'installed here: pip install "deft_plugin[vision]"',
+        )
     if not any(finding.level == "error" for finding in found):
-        from .axolotl.args import DEFTSettings
-
-        _, parameters = DEFTSettings(**(cfg.deft or {})).split()
         yield Finding("ok", f"trains with {build_objective(cfg.deft_objective, parameters)!r}")
 
 
@@ -206,7 +225,7 @@ def _no_configuration(values: Mapping[str, Any]) -> str | None:
     strange = [key for key in values if not isinstance(key, str)]
     if strange:
         return f"has keys that are no text: {strange}"
-    if AXOLOTL_PLUGIN not in plugins:
+    if not {*plugins} & {*_AXOLOTL_PLUGINS}:
         return (
             f"plugins: {plugins} lacks {AXOLOTL_PLUGIN}: Axolotl would train with its own loss, and "
             "ignore deft_objective and deft"
@@ -254,8 +273,8 @@ def validate_as_axolotl(
     valid = validate_config(
         cfg, capabilities=dict(machine or capabilities), env_capabilities=environment
     )
-    if AXOLOTL_PLUGIN in manager.plugins:
-        manager.plugins[AXOLOTL_PLUGIN].pre_model_load(valid)
+    for name in {*manager.plugins} & {*_AXOLOTL_PLUGINS}:
+        manager.plugins[name].pre_model_load(valid)
     return valid, changes
 
 
@@ -282,6 +301,15 @@ def _deepspeed_problems(config: Any) -> list[str]:
     return problems
 
 
+def _path_problems(path: str, device: torch.device) -> list[str]:
+    """What keeps the loss from being computed on this path here."""
+    try:
+        chooses_triton(path, device)
+    except ValueError as error:
+        return [f"On this machine, {error}"]
+    return []
+
+
 def unknown_keys(values: Mapping[str, Any]) -> Iterator[Finding]:
     """Keys of an Axolotl YAML, nested ones too, that neither Axolotl nor its registered plugins know.
 
@@ -289,7 +317,17 @@ def unknown_keys(values: Mapping[str, Any]) -> Iterator[Finding]:
     """
     from axolotl.integrations.config import merge_input_args
 
-    yield from _unknown(values, [merge_input_args()[0]], "")
+    from .axolotl.adjustments import CROSS_ENTROPIES
+
+    known = merge_input_args()[0]
+    unlisted = [key for key in CROSS_ENTROPIES if key in values and key not in known.model_fields]
+    for key in unlisted:
+        yield Finding(
+            "note",
+            f"Axolotl ignores the key {key!r}, which needs its plugin, and the gated head needs neither",
+        )
+    values = {key: value for key, value in values.items() if key not in unlisted}
+    yield from _unknown(values, [known], "")
 
 
 def _unknown(values: Any, models: Sequence[Any], place: str) -> Iterator[Finding]:
@@ -361,38 +399,69 @@ def _is_missing(path: Any) -> bool:
     return is_path and not os.path.exists(path)
 
 
-def _check_trl(path: Path) -> Iterator[Finding]:
+def _check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
     if not _installed("trl"):
         yield Finding("error", "is a file of `trl sft`, and trl is not installed here")
         return
+    with quiet():
+        from trl.scripts import sft
+
+        from .trl import register
+        from .trl.config import objective_of
+
+        register()
+        parser = sft.make_parser(prog="deft sft")
+    problems = [*_unknown_trl_keys(values, parser)]
+    loss_type = values.get("loss_type", parser.get_default("loss_type"))
+    loss = SimpleNamespace(loss_type=loss_type, loss_kwargs=values.get("loss_kwargs"))
+    # The other keys are checked with a loss that is right.
+    flags = ["--loss_type", "deft", "--loss_kwargs", "{}"]
+    try:
+        objective = objective_of(loss)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        flags = []
+        if objective is None:
+            problems.append(f"loss_type={loss_type!r} is TRL's own loss")
+    problems += _trl_problems(parser, ["--config", str(path), *flags], loss_type)
+    yield from (Finding("error", problem) for problem in problems)
+    if not problems:
+        yield Finding("ok", f"trains with {objective!r} under `deft sft`")
+
+
+def _unknown_trl_keys(values: Mapping[str, Any], parser: Any) -> Iterator[str]:
+    # TrlParser itself takes env.
+    known = {field.name for cls in parser.dataclass_types for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in {*known, "env"}:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
+            guess = f" Did you mean {close[0]!r}?" if close else ""
+            yield f"unknown key {key!r}, which `trl sft` refuses.{guess}"
+
+
+def _trl_problems(parser: Any, arguments: list[str], loss_type: Any) -> list[str]:
+    """What `deft sft` would refuse in its arguments, apart from keys that it does not know."""
+    from trl import ModelConfig, get_peft_config
+
+    from .trl.config import core_settings_of, objective_of
+    from .trl.conflicts import find_conflicts
+
     errors = io.StringIO()
     try:
         with quiet(), contextlib.redirect_stderr(errors):
-            from trl import ModelConfig, get_peft_config
-            from trl.scripts import sft
-
-            from .trl import register
-            from .trl.config import objective_of
-            from .trl.conflicts import check_settings
-
-            register()
-            parser = sft.make_parser(prog="deft sft")
-            parsed = parser.parse_args_and_config(args=["--config", str(path)])
-            arguments = next(part for part in parsed if hasattr(part, "loss_type"))
-            objective = objective_of(arguments)
-            if objective is not None:
-                model = next(part for part in parsed if isinstance(part, ModelConfig))
-                adapter = get_peft_config(model)
-                check_settings(arguments, adapter, objective.name)
+            parsed = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=False)
+            training = next(part for part in parsed if hasattr(part, "loss_type"))
+            if objective_of(training) is None:
+                return []
+            model = next(part for part in parsed if isinstance(part, ModelConfig))
+            return [
+                *_path_problems(core_settings_of(training).path, training.device),
+                *find_conflicts(training, get_peft_config(model), loss_type),
+            ]
     except (Exception, SystemExit) as error:
         # The parser writes its usage first, and what is wrong in the last line.
-        lines = errors.getvalue().strip().splitlines() or [str(error)]
-        yield Finding("error", lines[-1])
-        return
-    if objective is None:
-        yield Finding("error", f"loss_type={arguments.loss_type!r} is TRL's own loss")
-    else:
-        yield Finding("ok", f"trains with {objective!r} under `deft sft`")
+        return [(errors.getvalue().strip().splitlines() or [str(error)])[-1]]
 
 
 @contextlib.contextmanager

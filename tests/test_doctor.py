@@ -72,6 +72,30 @@ def test_a_loss_that_is_wrong_on_the_device_is_an_error(
     assert "differs from its definition" in output
 
 
+def test_a_build_of_torch_for_a_gpu_that_is_not_there_is_checked_on_the_cpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    status, output = run(capsys, monkeypatch)
+    assert status == 0
+    assert "device cpu: losses run on the chunked path" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used")
+def test_files_are_looked_at_also_where_the_device_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: broken)
+    status, output = run(capsys, monkeypatch, str(tmp_path / "none.yaml"))
+    assert status == 1
+    assert "on this device: " in output
+    assert "none.yaml" in output
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -154,6 +178,34 @@ def test_a_trl_file_whose_run_would_be_refused_is_an_error(
         tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), loss_type="deft", **values
     )
     assert message in error
+
+
+def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None:
+    values = {
+        "lossy_type": "deft",
+        "loss_type": "alpha",
+        "loss_kwargs": {"b": 1},
+        "label_smoothing_factor": 0.1,
+        "use_peft": True,
+        "use_dora": True,
+        "lora_target_modules": ["lm_head"],
+    }
+    errors = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **values)
+    assert len(errors) == 4
+    assert "unknown key 'lossy_type'" in errors[0]
+    assert "Did you mean 'loss_type'?" in errors[0]
+    assert "no parameter 'b'" in errors[1]
+    assert "label_smoothing_factor=0.1 cannot be combined with loss_type='alpha'" in errors[2]
+    assert "DoRA on lm_head" in errors[3]
+
+
+def test_a_path_that_cannot_run_here_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    values = {"loss_type": "deft", "loss_kwargs": {"path": "triton"}}
+    (error,) = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **values)
+    assert "On this machine, path='triton' cannot run" in error
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:

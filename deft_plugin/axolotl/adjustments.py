@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 TOKEN_SCALING = "liger_use_token_scaling"
 DEFAULT_OBJECTIVE = "deft"
-_CROSS_ENTROPIES = (
+CROSS_ENTROPIES = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "liger_cross_entropy",
@@ -27,6 +27,7 @@ _LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_em
 
 def adjust(cfg: MutableMapping[str, Any]) -> Iterator[str]:
     """Change a raw YAML, before it is validated and when all its plugins are loaded; sentences on what was changed."""
+    _write_off_as_false(cfg)
     yield from _switch_off_cross_entropies(cfg)
     yield from _switch_off_perplexity(cfg)
     yield from _switch_off_lora_kernels(cfg)
@@ -37,6 +38,14 @@ def is_on(value: Any) -> bool:
     return _as_bool(value) is True
 
 
+def is_set(value: Any) -> bool:
+    """Whether a value is anything but false, 0, empty or missing, or a text that Axolotl's schema takes for these."""
+    try:
+        return bool(TypeAdapter(bool | float | None).validate_python(value))
+    except ValidationError:
+        return bool(value)
+
+
 def _as_bool(value: Any) -> bool | None:
     try:
         return TypeAdapter(bool).validate_python(value)
@@ -44,8 +53,15 @@ def _as_bool(value: Any) -> bool | None:
         return None  # Axolotl's schema refuses it.
 
 
+def _write_off_as_false(cfg: MutableMapping[str, Any]) -> None:
+    # Axolotl's checks take the text "false" for true, and would then load a model without a language-model head.
+    for key in ("reward_model", "process_reward_model"):
+        if key in cfg and not is_set(cfg[key]):
+            cfg[key] = False
+
+
 def _switch_off_cross_entropies(cfg: MutableMapping[str, Any]) -> Iterator[str]:
-    keys = list(_CROSS_ENTROPIES)
+    keys = list(CROSS_ENTROPIES)
     if is_on(cfg.get(TOKEN_SCALING)):
         # A loss of its own, for which Liger wants its fused cross-entropy; refused with another objective.
         if cfg.get("deft_objective", DEFAULT_OBJECTIVE) == "dft":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from typing_extensions import Self
 
 from ..objectives import build_objective, objective_names
-from ..objectives.registry import objective_class
+from ..objectives.registry import describe_parameters, objective_class
 from ..ops import PATHS, CoreSettings, split_settings
 from ..parallelism import check_couples_no_parts
 from .adjustments import DEFAULT_OBJECTIVE
@@ -23,20 +22,23 @@ INPUT_ARGS = f"{__name__}.DEFTArgs"
 
 
 def is_listed(cfg: Mapping[str, Any]) -> bool:
-    """Whether the plugin is in the configuration's own list, and not only in that of an earlier one."""
+    """Whether the plugin is in the configuration's own list, and not only in that of an earlier one.
+
+    Raises:
+        ValueError: it is there under two names, which Axolotl takes for two plugins.
+    """
     plugins = PluginManager.get_instance().plugins
-    listed = [plugins[name] for name in cfg.get("plugins") or () if name in plugins]
-    return any(plugin.get_input_args() == INPUT_ARGS for plugin in listed)
+    listed = [name for name in dict.fromkeys(cfg.get("plugins") or ()) if name in plugins]
+    names = [name for name in listed if plugins[name].get_input_args() == INPUT_ARGS]
+    if len(names) > 1:
+        raise ValueError(f"plugins: {', '.join(names)} are one plugin. List one of them.")
+    return bool(names)
 
 
 def _signatures() -> str:
     """Every objective with its parameters and their defaults."""
     return "; ".join(
-        f"{name}("
-        + ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls))
-        + ")"
-        for name in objective_names()
-        for cls in (objective_class(name),)
+        f"{name}({describe_parameters(objective_class(name))})" for name in objective_names()
     )
 
 
@@ -53,6 +55,8 @@ class DEFTSettings(BaseModel):
     )
     path: str = Field(
         default="auto",
+        # Whether "triton" runs is a matter of the machine that trains, which need not be the one that validates:
+        # `deft doctor` and training itself say it.
         description=f"How the loss is computed: {', '.join(PATHS)}. 'auto' picks the fastest that runs.",
     )
     tile_rows: int | None = Field(
@@ -117,7 +121,13 @@ class DEFTArgs(BaseModel):
     @classmethod
     def _import_module(cls, settings: DEFTSettings) -> DEFTSettings:
         if settings.module is not None:
-            importlib.import_module(settings.module)
+            try:
+                importlib.import_module(settings.module)
+            except Exception as error:
+                raise ValueError(
+                    f"module: {settings.module!r} cannot be imported ({type(error).__name__}: {error}). "
+                    f'Try: python -c "import {settings.module}"'
+                ) from error
         return settings
 
     @field_validator("deft_objective")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..lora import targets_lm_head
-from .adjustments import DEFAULT_OBJECTIVE, TOKEN_SCALING, is_on
+from .adjustments import DEFAULT_OBJECTIVE, TOKEN_SCALING, is_on, is_set
 
 _SUPERVISED = "The objectives are for supervised fine-tuning of a language model"
 _OTHER_OBJECTIVES = {
@@ -23,7 +23,7 @@ _OTHER_OBJECTIVES = {
 def find_conflicts(data: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with a raw YAML, one sentence each: the key, its value, what to do instead."""
     for key, instead in _OTHER_OBJECTIVES.items():
-        if data.get(key):
+        if is_set(data.get(key)):
             yield f"`{key}: {_shown(data[key])}` would train another objective. {instead}"
     yield from _find_weighted_cross_entropies(data)
     for key in ("type_of_model", "model_type"):

@@ -24,7 +24,8 @@ def check_conflicts(trainer_class: type, arguments: dict[str, Any], loss_type: s
         loss_type: for the messages.
     """
     args, model = arguments["args"], arguments["model"]
-    check_settings(args, arguments.get("peft_config"), loss_type)
+    for conflict in find_conflicts(args, arguments.get("peft_config"), loss_type):
+        raise ValueError(conflict)
     _check_other_losses(args, arguments.get("compute_loss_func"), loss_type)
     _check_trainer(trainer_class, loss_type)
     if not isinstance(model, str):
@@ -42,11 +43,17 @@ def _check_rows(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no rows.")
 
 
-def check_settings(args: Any, peft_config: Any, loss_type: str) -> None:
-    """What `check_conflicts` sees in the training arguments and the adapter's configuration alone."""
-    _check_other_losses(args, None, loss_type)
-    _check_parallelism(args)
-    _check_lm_head_adapter(peft_config, loss_type)
+def find_conflicts(args: Any, peft_config: Any, loss_type: str) -> Iterator[str]:
+    """What is wrong with the training arguments and the adapter's configuration alone, a sentence each."""
+    for check in (
+        lambda: _check_other_losses(args, None, loss_type),
+        lambda: _check_parallelism(args),
+        lambda: _check_lm_head_adapter(peft_config, loss_type),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
 
 
 def check_unchanged(trainer: Any, loss_type: str) -> None:

@@ -19,6 +19,8 @@ from datasets import Dataset
 from tests.updates import Rows
 
 PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
+# The same class.
+DEFINING = "deft_plugin.axolotl.plugin.DEFTPlugin"
 CUT = "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"
 LIGER = "axolotl.integrations.liger.LigerPlugin"
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}

@@ -17,7 +17,7 @@ from deft_plugin import gated_loss
 from deft_plugin.axolotl.args import DEFTArgs
 from deft_plugin.objectives import build_objective
 
-from .running import LIGER, PLUGIN, configuration, validate
+from .running import DEFINING, LIGER, PLUGIN, configuration, validate
 
 NO_FILES = Path("nothing-is-read")
 
@@ -83,6 +83,11 @@ def test_an_empty_block_is_no_block() -> None:
         ({"deft": "cayley_trans"}, ["deft", "'cayley_trans'", "dictionary"]),
         ({"deft_objectve": "nll"}, ["'deft_objectve'", "'deft_objective'"]),
         ({"DEFT": {}}, ["'DEFT'", "'deft'"]),
+        ({"deft_objective": "DEFT"}, ["'DEFT'. Did you mean 'deft'?"]),
+        ({"deft": {"tile_row": 5}}, ["'tile_row'. Did you mean 'tile_rows'?"]),
+        ({"deft": {"Path": "auto"}}, ["'Path'. Did you mean 'path'?"]),
+        ({"deft": {"module": "no_such_module"}}, ["deft\n", "module: 'no_such_module' cannot be"]),
+        ({"deft": {"module": ".relative"}}, ["deft\n", "module: '.relative' cannot be"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_the_choices(
@@ -104,6 +109,10 @@ def test_a_wrong_key_or_value_is_named_with_the_choices(
         ({"rl": "kto", "remove_unused_columns": False}, "or the plugin"),
         ({"rl": "grpo"}, "or the plugin"),
         ({"reward_model": True}, "or the plugin"),
+        ({"reward_model": "true"}, "or the plugin"),
+        ({"kd_trainer": 0.5}, "or the plugin"),
+        ({"kd_trainer": "yes"}, "or the plugin"),
+        ({"label_smoothing_factor": "0.1"}, "remove it"),
         ({"process_reward_model": True}, "or the plugin"),
         ({"kd_trainer": True}, "or the plugin"),
         ({"model_type": "AutoModelForSequenceClassification"}, "or the plugin"),
@@ -181,6 +190,9 @@ def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() ->
         {"adapter": "lora", "lora_target_modules": "all-linear", "lora_r": 4, "lora_alpha": 8},
         {"adapter": "lora", "lora_target_modules": ["lm_head"], "lora_r": 4, "lora_alpha": 8},
         {"eaft_k": 5, "eaft_alpha": 2.0},
+        {"reward_model": "false", "process_reward_model": "no", "use_eaft": "false"},
+        {"kd_trainer": "false", "label_smoothing_factor": "0", "peft_use_dora": "false"},
+        {"label_smoothing_factor": "0.0"},
         {"qat": {"weight_dtype": "int4", "activation_dtype": "int8"}},
         {"processor_type": "AutoProcessor"},
         {
@@ -196,7 +208,16 @@ def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() ->
     ids="-".join,
 )
 def test_what_does_not_touch_the_loss_is_accepted(keys: dict[str, Any]) -> None:
-    validate(configuration(NO_FILES, NO_FILES, **keys))
+    cfg = validate(configuration(NO_FILES, NO_FILES, **keys))
+    assert cfg.model_type is None
+
+
+@pytest.mark.parametrize("plugins", [[PLUGIN, DEFINING], [DEFINING, PLUGIN]])
+def test_the_plugin_under_both_of_its_names_is_refused(plugins: list[str]) -> None:
+    with pytest.raises(ValueError, match=f"{', '.join(plugins)} are one plugin. List one"):
+        validate(configuration(NO_FILES, NO_FILES, plugins=plugins))
+    PluginManager.get_instance().plugins.clear()
+    validate(configuration(NO_FILES, NO_FILES, plugins=[DEFINING, DEFINING]))
 
 
 @pytest.mark.usefixtures("own_objectives")
@@ -215,11 +236,6 @@ def test_a_module_with_an_objective_of_ones_own_is_imported_first(
     cfg = validate(values)
     assert build_objective(cfg.deft_objective, {"gamma": cfg.deft.gamma}).gamma == 1.5  # type: ignore[attr-defined]
     del sys.modules["own_objective_for_axolotl"]
-
-
-def test_a_module_that_is_not_there_stops_the_run() -> None:
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        validate(configuration(NO_FILES, NO_FILES, deft={"module": "no_such_module"}))
 
 
 def test_every_key_has_a_description_with_the_choices() -> None:

@@ -12,7 +12,7 @@ import yaml
 from deft_plugin import doctor
 from deft_plugin.doctor import Finding, check_yaml
 
-from .running import CUT, LIGER, PLUGIN, configuration
+from .running import CUT, DEFINING, LIGER, PLUGIN, configuration
 
 DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 
@@ -55,6 +55,11 @@ def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
         ({"plugins": f"{PLUGIN}"}, "is not a list of names"),
         ({"plugins": [PLUGIN, 3]}, "is not a list of names"),
         ({7: "x"}, "keys that are no text: [7]"),
+        ({"plugins": [PLUGIN, DEFINING]}, f"{PLUGIN}, {DEFINING} are one plugin"),
+        (
+            {"deft": {"module": "nowhere_mod"}},
+            "module: 'nowhere_mod' cannot be imported (ModuleNotFoundError",
+        ),
     ],
 )
 def test_what_would_train_something_else_is_an_error(
@@ -67,10 +72,49 @@ def test_what_would_train_something_else_is_an_error(
 
 def test_what_is_switched_off_is_noted_and_the_file_accepted(tmp_path: Path) -> None:
     keys = {"plugins": [PLUGIN, CUT, LIGER], "liger_fused_linear_cross_entropy": True}
-    note, ok = findings(tmp_path, {**keys, "processor_type": "AutoProcessor"})
+    note, ok = findings(tmp_path, keys)
     assert note.level == "note"
     assert "cut_cross_entropy, liger_fused_linear_cross_entropy set to false" in note.text
     assert (ok.level, "trains with DEFT()" in ok.text) == ("ok", True)
+
+
+@pytest.mark.parametrize("key", ["cut_cross_entropy", "liger_fused_linear_cross_entropy"])
+def test_a_cross_entropy_without_its_plugin_is_noted(tmp_path: Path, key: str) -> None:
+    note, ok = findings(tmp_path, {key: True})
+    assert note.level == "note"
+    assert f"{key!r}, which needs its plugin, and the gated head needs neither" in note.text
+    assert ok.level == "ok"
+
+
+def test_the_plugin_may_be_named_by_the_module_that_defines_it(tmp_path: Path) -> None:
+    (finding,) = findings(tmp_path, {"plugins": [DEFINING], "deft_objective": "p"})
+    assert (finding.level, "LinearProbability" in finding.text) == ("ok", True)
+    errors = findings(tmp_path, {"plugins": [DEFINING, DIFFUSION]})
+    assert any("brings a trainer of its own" in found.text for found in errors)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_torchvision_is_missed_where_images_are_processed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    found = doctor._installed
+    monkeypatch.setattr(
+        doctor, "_installed", lambda name: installed if name == "torchvision" else found(name)
+    )
+    *notes, ok = findings(tmp_path, {"processor_type": "AutoProcessor"})
+    assert ok.level == "ok"
+    assert ['pip install "deft_plugin[vision]"' in note.text for note in notes] == (
+        [] if installed else [True]
+    )
+
+
+def test_a_path_that_cannot_run_here_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    (error,) = findings(tmp_path, {"deft": {"path": "triton"}})
+    assert error.level == "error"
+    assert "On this machine, path='triton' cannot run" in error.text
 
 
 def test_all_that_is_refused_is_told_line_by_line(tmp_path: Path) -> None:
