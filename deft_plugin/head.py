@@ -25,11 +25,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from .lm_head import Projection, check_is_linear, check_lm_head, innermost, lm_head_of, project_with
+from .measurement import UnknownForwardError, ordinary_tokens
 from .objectives import Objective, build_objective
 from .ops import CoreSettings, GatedLoss, linear_gated_loss
-from .own_forward import OwnForward, UnknownForwardError, ordinary_tokens
+from .own_forward import Labels, OwnForward
 from .quantization import cpu_weights_left_unpacked
-from .substitution import attribute_of, in_evaluation
+from .substitution import attribute_of, in_mode
 
 logger = logging.getLogger("deft_plugin")
 
@@ -104,6 +105,10 @@ class GatedHead:
         self._own_class: Any = type(model)
         # What install() takes off the instance, so that remove() leaves no trace.
         self._own_attributes: dict[str, Any] = {}
+        # A patch of the instance that was there before: accelerate's hooks, Liger's.
+        self._patched_forward: Any = vars(model).get("forward")
+        # ZeRO-3 and tensor parallelism leave parts of the weights here, on every rank alike.
+        self._compares_later = False
         self._rebound: list[nn.Module] = []
 
     def install(self, outermost: nn.Module | None = None) -> None:
@@ -168,36 +173,54 @@ class GatedHead:
             self._was_observed = True
 
     def compare_with_own_forward(self) -> None:
-        """Run the model on four tokens and compare what its own forward does with what the head takes it for.
+        """Run the model on eight tokens and compare what its own forward does with what the head takes it for.
 
-        Where parameters are not here (on meta, partitioned by ZeRO-3, sharded), or the forward wants more than
-        tokens, the first gated forward does the same with its own batch.
+        Where parameters are in parts (ZeRO-3, sharded), that is done in the first gated forward, in which they are
+        gathered. Where they are on meta, or the forward wants more than tokens, the first gated forward does
+        the same with its own batch.
 
         Raises:
             ValueError: its logits or losses are not the head's; a NaN in its lm_head.
         """
-        model = self.model
-        parameters = list(model.parameters())
-        if any(p.is_meta or not p.numel() or isinstance(p, DTensor) for p in parameters):
+        parameters = list(self.model.parameters())
+        if any(parameter.is_meta for parameter in parameters):
             return
-        _check_finite(model)
+        if any(isinstance(p, DTensor) or not p.numel() for p in parameters):
+            self._compares_later = True
+            return
+        _check_finite(self.model)
+        self._compare_on_tokens(self.model)
+
+    def _compare_on_tokens(self, model: PreTrainedModel) -> None:
         ids = ordinary_tokens(model)
+        labels = ids.clone()
+        labels[-1, -2:] = -100
+        devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "mps")}
+        own = self.own_forward
         try:
             with (
                 torch.no_grad(),
-                in_evaluation(model),
-                torch.random.fork_rng(
-                    {p.device for p in parameters if p.device.type not in ("cpu", "mps")}
-                ),
+                torch.random.fork_rng(devices),
                 cpu_weights_left_unpacked(model),
                 # An objective may need the optimizer step's mean, which is not known yet.
                 attribute_of(self, "objective", build_objective("nll")),
+                attribute_of(self, "_observer", None),
             ):
-                self._gated_forward(model, input_ids=ids, labels=ids)
+                for training in (True, False):
+                    with in_mode(model, training):
+                        self._gated_forward(model, input_ids=ids, labels=labels)
+                        own.examine_own_loss(model, self._forward_of(model), ids, ids)
         except Exception as error:
-            if isinstance(error, UnknownForwardError) or self.own_forward.called_lm_head():
+            if isinstance(error, UnknownForwardError) or own.called_lm_head():
                 raise
             logger.debug("%s wants more than tokens: %s", type(model).__name__, error)
+
+    def _forward_of(self, model: PreTrainedModel) -> Callable[..., Any]:
+        """The model's own forward, bound."""
+        bound: Callable[..., Any] = self._patched_forward or functools.partial(
+            self._own_class.forward, model
+        )
+        return bound
 
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of `model`: gated where labels are given, its own otherwise.
@@ -218,6 +241,9 @@ class GatedHead:
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
             return own_forward(*args, **kwargs)
         self._warn_outside_trainer()
+        if self._compares_later:
+            self._compares_later = False
+            self._compare_on_tokens(model)
         return self._gated_forward(model, **arguments)
 
     def _warn_outside_trainer(self) -> None:
@@ -254,15 +280,17 @@ class GatedHead:
                 f"logits_to_keep={logits_to_keep!r} together with labels is not supported by the gated "
                 "head, which builds no logits: leave it out, or call the model without labels."
             )
-        kwargs.update(use_cache=False, return_dict=True)
-        if shift_labels is None:
-            assert labels is not None
-            # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
-            targets = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-        else:
-            targets = shift_labels
+        for name in ("use_cache", "return_dict"):
+            kwargs.pop(name, None)
+        given = Labels(labels, shift_labels, ignore_index)
 
-        def score(layer: Any, hidden_states: Tensor, compare: bool) -> GatedLoss:
+        def score(layer: Any, hidden_states: Tensor, labels: Labels, compare: bool) -> GatedLoss:
+            targets = labels.shift_labels
+            if targets is None:
+                assert labels.labels is not None
+                # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
+                following = labels.labels[..., 1:]
+                targets = functional.pad(following, (0, 1), value=labels.ignore_index)
             if hidden_states.shape[:-1] != targets.shape:
                 raise UnknownForwardError(
                     model,
@@ -270,20 +298,12 @@ class GatedHead:
                     f"{tuple(targets.shape)}",
                 )
             gated = self._score(
-                layer, hidden_states, targets, num_items_in_batch, ignore_index, compare
+                layer, hidden_states, targets, num_items_in_batch, labels.ignore_index, compare
             )
-            return (
-                gated
-                if labels is None or shift_labels is not None
-                else without_last_position(gated)
-            )
+            return gated if given.shift_labels is not None else without_last_position(gated)
 
         output, loss, gated = self.own_forward.run(
-            model,
-            functools.partial(self._own_class.forward, model),
-            kwargs,
-            targets if labels is None else labels,
-            score,
+            model, self._forward_of(model), kwargs, given, score
         )
         if self._observer is not None:
             self._observer(gated)
@@ -318,12 +338,12 @@ class GatedHead:
         ignore_index: int,
         compare: bool,
     ) -> GatedLoss:
-        own = self.own_forward
+        measured = self.own_forward.measured
 
         def score(projection: Projection) -> dict[str, Any]:
             if compare:
                 check_is_linear(layer, hidden_states)
-            projection = projection.first_rows(own.vocab_size)
+            projection = projection.first_rows(measured.vocab_size)
             gated = linear_gated_loss(
                 projection.hidden_states,
                 projection.weight,
@@ -331,8 +351,8 @@ class GatedHead:
                 self.objective,
                 bias=projection.bias,
                 low_rank=projection.low_rank,
-                logit_scale=own.transform.scale,
-                softcap=own.transform.softcap,
+                logit_scale=measured.transform.scale,
+                softcap=measured.transform.softcap,
                 ignore_index=ignore_index,
                 num_items_in_batch=num_items_in_batch,
                 with_entropy=self.with_entropy,
@@ -427,9 +447,8 @@ def add_gated_head(
     The model's class becomes a subclass of the same name. Deep copies, pickles and DataParallel replicas of the
     model have the head too.
 
-    Before it installs itself, the head compares its logits and losses with those of the model's own
-    forward on random hidden states, so that an architecture which treats them in a way unknown here is
-    refused.
+    Before it installs itself, the head runs the model's own forward on eight tokens with stand-ins for lm_head and
+    loss, and measures what it does to logits and labels; a forward that does what is not known here is refused.
 
     Args:
         model: a `PreTrainedModel` with an lm_head, or a PEFT model of one.
@@ -440,9 +459,12 @@ def add_gated_head(
         output_class: class of the output, for adapters that need other names on it.
 
     Raises:
-        ValueError: a bad objective or parameter; a model without a plain linear lm_head (an adapter on it,
-            quantised, none); a multi-modal, encoder-decoder or masked LM; logits or losses that differ
-            from the model's own.
+        ValueError: a bad objective or parameter; a gated head that is there already; a model without an lm_head, or
+            whose lm_head is no linear layer (plain or quantised, with LoRA, trainable tokens or in
+            modules_to_save) or has another adapter (DoRA, for one); an encoder-decoder, a masked LM and others
+            whose labels are not the next token; NaN in the lm_head; a forward, logits or losses that are not what
+            the head takes them for (docs/models.md lists the classes). Where weights are partitioned, sharded or on
+            meta, or the forward wants more than tokens, the last is found at the first gated forward.
     """
     objective = build_objective(objective, parameters)
     settings = CoreSettings(path, tile_rows, skip_below)

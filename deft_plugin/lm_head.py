@@ -22,7 +22,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from .ops.shard import VocabularyShard
-from .substitution import forward_of, in_evaluation
+from .substitution import forward_of, in_mode
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,12 @@ def check_lm_head(layer: Any) -> None:
     elif hasattr(inner, "base_layer"):
         _check_adapter(inner)
         inner = inner.base_layer
+    if inner._forward_pre_hooks and "weight" not in inner._parameters and type(inner) is nn.Linear:
+        raise ValueError(
+            "The lm_head's weight is made anew by a hook in each forward pass (torch.nn.utils.weight_norm, "
+            "spectral_norm or prune), which the gated head does not run: use torch.nn.utils.parametrizations instead, or "
+            "make the weight permanent with the matching remove function."
+        )
     if not (_is_quantised(inner) or isinstance(inner, nn.Linear) or _is_dense(inner)):
         raise ValueError(
             f"The lm_head is a {kind}; the gated head needs a linear layer: torch.nn.Linear, plain or "
@@ -203,13 +209,14 @@ def check_is_linear(layer: Any, hidden_states: Tensor) -> None:
         hidden_states: (..., H), of which a few are compared.
     """
     inner = _unwrapped(layer)
+    rows = hidden_states.detach().flatten(0, -2)[:4]
+    _check_hooks(inner, rows)
     # A forward on the instance: compressed-tensors', accelerate's. `project_with` puts its own there.
     patched = None if _has_gathering_hooks(inner) else vars(inner).get("forward")
     may_round = patched is not None or _is_quantised(innermost(inner))
     if type(inner).forward is nn.Linear.forward and not may_round:
         return
-    rows = hidden_states.detach().flatten(0, -2)[:4]
-    with in_evaluation(inner):
+    with in_mode(inner, training=False):
         projection = projection_of(inner, rows)
         rows = rows.to(projection.weight.device)
         own = type(inner).forward(inner, rows) if patched is None else patched(rows)
@@ -224,6 +231,22 @@ def check_is_linear(layer: Any, hidden_states: Tensor) -> None:
             f"The lm_head, a {type(inner).__name__}, gives other logits than its weight does: they differ by "
             f"{difference:.3g}. The gated head needs a linear layer; use deft_plugin.gated_loss on the model's "
             "logits instead."
+        )
+
+
+def _check_hooks(inner: Any, rows: Tensor) -> None:
+    """Refuse hooks that change what goes into the layer or comes out of it; others may look on."""
+    hooks = [*inner._forward_pre_hooks.values(), *inner._forward_hooks.values()]
+    if not hooks or _has_gathering_hooks(inner):
+        return
+    with in_mode(inner, training=False):
+        rows = rows.to(lm_head_device(inner))
+        difference = (inner(rows) - inner.forward(rows)).abs().max().item()
+    if difference != 0:
+        names = ", ".join(getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks)
+        raise ValueError(
+            f"The lm_head has a hook that changes its logits ({names}), by {difference:.3g}, and the gated head does not "
+            "run it: remove it, or do the same in a layer of its own before the lm_head."
         )
 
 
@@ -291,7 +314,9 @@ def _check_adapter(layer: Any) -> None:
                 f"The adapter {name!r} on lm_head is {variant}, whose logits are not linear in the hidden "
                 f"states with one weight and one low-rank addition: the gated head supports plain LoRA there. {instead}"
             )
-    if not hasattr(layer, "lora_A") or type(layer).__name__ == "ParamWrapper":
+    # AdaLoRA's are parameters, with singular values between them.
+    is_lora = isinstance(getattr(layer, "lora_A", None), nn.ModuleDict)
+    if not is_lora or type(layer).__name__ == "ParamWrapper":
         raise ValueError(
             f"The adapter on lm_head is a {kind} of {type(layer).__module__}: the gated head supports LoRA, "
             f"trainable tokens and modules_to_save there. {instead}"

@@ -3,79 +3,123 @@
 For as long as a gated forward runs, the lm_head's place in the model is taken by a module that keeps the hidden
 states it is handed and returns a few numbers in place of logits, and the place of the loss function by one
 that scores those hidden states. Whatever else the forward does, it does itself: images and audio,
-multipliers, layers between backbone and lm_head, the auxiliary loss of a mixture of experts.
+multipliers, layers between backbone and lm_head, which labels count, the auxiliary loss of a mixture of experts.
 
-What the forward does to logits is measured, not read off the configuration: in the first forward the
-stand-in returns known numbers over 25 powers of two, and what has become of them says scale, softcap and how many
-columns are left, or that it is nothing of the kind.
+What the forward does to logits is measured, not read off the configuration (`measurement`): in the first forward, and
+in the first after anything has changed that it could depend on.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers import PreTrainedModel
 
-from .lm_head import lm_head_device, lm_head_of, lm_head_rows, lm_head_width
+from .lm_head import innermost, lm_head_device, lm_head_of, lm_head_width
+from .measurement import (
+    PROBE_SHAPE,
+    UnknownForwardError,
+    auxiliary_coefficient,
+    check_loss,
+    check_loss_functions,
+    check_same_logits,
+    cross_entropy,
+    drops_masked_labels,
+    measure,
+    probe_of,
+)
 from .ops import GatedLoss
 from .ops.projection import LogitsTransform
 from .substitution import attribute_of, child_of
 
-ADVICE = "Use deft_plugin.gated_loss on its logits instead."
-_PROBE_TOKENS = 4
-_SMALLEST_POWER, _LARGEST_POWER = -10, 15
+# States whose measurements are kept: a trainer goes back and forth between training and evaluation.
+_MOST_STATES = 16
 
 
-class UnknownForwardError(ValueError):
-    """A model's forward treats its logits or labels in a way that the gated head does not know."""
+@dataclass(frozen=True)
+class Measurement:
+    """What a model's own forward does, in one state of the model.
 
-    def __init__(self, model: nn.Module, what: str) -> None:
-        super().__init__(f"{type(model).__name__}'s own forward {what}. {ADVICE}")
+    Args:
+        transform: what it does to its logits.
+        vocab_size: how many of the lm_head's columns it keeps.
+        takes_labels: whether it leaves the loss to `loss_function` when it is given labels. Otherwise it is
+            run without them, and a mixture's auxiliary loss is added here.
+        auxiliary_coefficient: of that auxiliary loss; None where it had none.
+        drops_masked_labels: whether its loss leaves out labels where attention_mask is 0.
+    """
+
+    transform: LogitsTransform = field(default_factory=LogitsTransform)
+    vocab_size: int = 0
+    takes_labels: bool = True
+    auxiliary_coefficient: float | None = None
+    drops_masked_labels: bool = False
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What hidden states (batch, sequence, H) are scored on.
+
+    Args:
+        labels: (batch, sequence), the next position's; or
+        shift_labels: (batch, sequence), each position's own.
+        ignore_index: of positions that do not count.
+    """
+
+    labels: Tensor | None
+    shift_labels: Tensor | None
+    ignore_index: int
+
+    @property
+    def given(self) -> Tensor:
+        """Either of the two."""
+        tensor = self.labels if self.shift_labels is None else self.shift_labels
+        assert tensor is not None
+        return tensor
+
+
+# Of the lm_head, the hidden states that it was given, what to score them on, and whether the layer is still to be
+# compared with its weight.
+Score = Callable[[Any, Tensor, Labels, bool], GatedLoss]
 
 
 class OwnForward:
     """Runs a model's own forward with stand-ins in it, and knows what has been measured of it.
 
     Attributes:
-        transform: what the forward does to its logits.
-        vocab_size: how many of the lm_head's columns it keeps.
-        takes_labels: whether it leaves the loss to `loss_function` when it is given labels. Otherwise it is
-            run without them, and a mixture's auxiliary loss is added here.
+        measured: what it does in the state that the model was in last.
     """
 
     def __init__(self) -> None:
-        self.transform = LogitsTransform()
-        self.vocab_size = 0
-        self.takes_labels = True
-        self._measured_on: tuple[Any, ...] = ()
+        self.measured = Measurement()
+        self._states: dict[tuple[Any, ...], Measurement] = {}
         self._places: list[str] = []
-        self._options: dict[str, Any] = {}
         self._stand_in = _StandIn()
         self._loss = _Loss()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has an lm_head of its own.
-        return {**vars(self), "_stand_in": _StandIn(), "_loss": _Loss()}
+        return {**vars(self), "_stand_in": _StandIn(), "_loss": _Loss(), "_states": {}}
 
     def called_lm_head(self) -> bool:
         """Whether the forward that ran last, or failed, got as far as its lm_head."""
         return bool(self._stand_in.hidden_states)
 
+    # torch.compile is for the model's own forward inside.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def run(
         self,
         model: PreTrainedModel,
         forward: Callable[..., Any],
         arguments: Mapping[str, Any],
-        labels: Tensor,
-        score: Callable[[Any, Tensor, bool], GatedLoss],
+        labels: Labels,
+        score: Score,
     ) -> tuple[Any, Tensor, GatedLoss]:
         """The forward's output, its loss () with `score`'s in the place of cross-entropy, and the score itself.
 
@@ -83,9 +127,8 @@ class OwnForward:
             model: whose forward it is.
             forward: its own one, bound.
             arguments: of the forward, without labels.
-            labels: (batch, sequence).
-            score: of the lm_head, the hidden states that it was given, and whether the layer is still to be
-                compared with its weight. Called when `transform` and `vocab_size` are known.
+            labels: what it is to be scored on; the forward may have a word in that.
+            score: called when `measured` holds.
 
         Raises:
             UnknownForwardError: it does not call its lm_head once, or does something with its logits or its loss
@@ -94,58 +137,118 @@ class OwnForward:
         # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
         layer = lm_head_of(model)
         state = _state_of(model, layer)
-        measuring = state != self._measured_on
-        if measuring:
+        known = self._states.get(state)
+        if known is None:
             self._places = _places_of(model, layer)
-            self._options = _options_of(forward)
-            loss_functions = [part.loss_function for part in _around(model, self._places)]
-        stand_in, loss = self._stand_in, self._loss
-        width, device = lm_head_width(layer), lm_head_device(layer)
-        stand_in.begin(
-            layer,
-            _probe_of(width, device) if measuring else torch.zeros(1, 1, width, device=device),
-        )
-        gated: GatedLoss | None = None
-        refusal: Exception | None = None
-
-        def score_once(logits: Any) -> GatedLoss:
-            nonlocal gated, refusal
-            try:
-                if measuring:
-                    self.transform, self.vocab_size = _measure(model, stand_in.logits, logits)
-                    if loss.logits is not None:
-                        _check_loss_functions(model, loss_functions, logits)
-                gated = score(layer, stand_in.handed(model), measuring)
-            except Exception as error:
-                refusal = error
-                raise
-            return gated
-
-        loss.begin(score_once)
-        takes_labels = self.takes_labels
-        arguments = {**arguments, **self._options}
+            self.measured = Measurement()
+        else:
+            self.measured = known
+        arguments = {**arguments, **_options_of(forward)}
+        # Of the batch's size where that is small; a forward's own loss wants one that fits its labels.
+        shape = tuple(labels.given.shape)
+        small = shape if labels.given.numel() <= 4 * PROBE_SHAPE[0] * PROBE_SHAPE[1] else (1, 4)
+        run = _Run(self, model, layer, forward, arguments, labels, score, known is None)
         try:
-            with standing_in(model, self._places, stand_in, loss):
-                if takes_labels:
-                    output = forward(**arguments, labels=labels)
-                if not takes_labels or not stand_in.hidden_states:
-                    # It has a loss of its own, on hidden states.
-                    takes_labels = False
-                    output = forward(**arguments)
-            own_logits = output.logits
-            if gated is not None:
-                total = output.loss
-                if measuring:
-                    _check_same_logits(model, own_logits, loss.logits)
-                    _check_remainder(model, total, gated.loss, output)
-            else:
-                if takes_labels and measuring:
-                    _check_remainder(model, output.loss, _cross_entropy(own_logits, labels), output)
-                takes_labels = False
-                total = _with_auxiliary_loss(model, score_once(own_logits).loss, output)
+            result = run(small)
+        except UnknownForwardError as error:
+            if known is not None or small == shape or not isinstance(error.__cause__, Exception):
+                raise
+            result = run(shape)
+        if len(self._states) >= _MOST_STATES:
+            self._states.clear()
+        self._states[state] = self.measured
+        return result
+
+    def examine_own_loss(
+        self, model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, labels: Tensor
+    ) -> None:
+        """Find out what a loss that is the forward's own does beside cross-entropy, on logits of ordinary size.
+
+        It may leave out labels where attention_mask is 0, and add its auxiliary loss with some coefficient.
+
+        Args:
+            model, forward: whose loss it is.
+            ids, labels: (batch, sequence), few.
+
+        Raises:
+            UnknownForwardError: it does something else.
+        """
+        if self.measured.takes_labels:
+            return
+        arguments = {"input_ids": ids, "labels": labels, **_options_of(forward)}
+        masks = [torch.ones_like(ids)]
+        masks[0][:, -1] = 0
+        if not _accepts(forward, "attention_mask"):
+            masks = []
+        layer = lm_head_of(model)
+        probe = probe_of(tuple(ids.shape), lm_head_width(layer), lm_head_device(layer))
+        self._stand_in.begin(layer, probe.detach().clamp(-1, 1), False)
+        with standing_in(model, self._places, self._stand_in, self._loss):
+            output = forward(**arguments)
+            coefficient = auxiliary_coefficient(
+                model, output.loss, cross_entropy(output.logits, labels), output
+            )
+            drops = False
+            for mask in masks:
+                output = forward(**arguments, attention_mask=mask)
+                drops = drops_masked_labels(model, output, labels, mask, coefficient)
+        self.measured = replace(
+            self.measured, drops_masked_labels=drops, auxiliary_coefficient=coefficient
+        )
+        self._states = {
+            state: self.measured if measured.takes_labels is False else measured
+            for state, measured in self._states.items()
+        }
+
+
+class _Run:
+    """One call of a model's own forward with stand-ins."""
+
+    def __init__(
+        self,
+        own: OwnForward,
+        model: PreTrainedModel,
+        layer: Any,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        labels: Labels,
+        score: Score,
+        measuring: bool,
+    ) -> None:
+        self.own, self.model, self.layer = own, model, layer
+        self.forward, self.arguments, self.labels = forward, arguments, labels
+        self.score, self.measuring = score, measuring
+        self.stand_in, self.loss = own._stand_in, own._loss
+        self.with_gradients = torch.is_grad_enabled()
+        self.gated: GatedLoss | None = None
+        self.refusal: Exception | None = None
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def __call__(self, probe_shape: tuple[int, ...]) -> tuple[Any, Tensor, GatedLoss]:
+        own, model = self.own, self.model
+        width, device = lm_head_width(self.layer), lm_head_device(self.layer)
+        probe = (
+            probe_of(probe_shape, width, device)
+            if self.measuring
+            else torch.zeros(1, 1, width, device=device)
+        )
+        self.functions = (
+            [part.loss_function for part in _around(model, own._places)] if self.measuring else []
+        )
+        self.gated, self.refusal = None, None
+        self.stand_in.begin(self.layer, probe, self.measuring)
+        self.loss.begin(self._score_once, self.labels.ignore_index)
+        try:
+            # The stand-in records gradients from lm_head on, whatever the mode here.
+            with (
+                standing_in(model, own._places, self.stand_in, self.loss),
+                torch.set_grad_enabled(self.with_gradients),
+            ):
+                output = self._output()
+                total = self._total(output)
         except Exception as error:
-            known = error is refusal or isinstance(error, UnknownForwardError)
-            if known or not stand_in.hidden_states:
+            known = error is self.refusal or isinstance(error, UnknownForwardError)
+            if known or not self.stand_in.hidden_states:
                 raise
             raise UnknownForwardError(
                 model,
@@ -153,10 +256,91 @@ class OwnForward:
                 f"({type(error).__name__}: {error})",
             ) from error
         finally:
-            loss.begin(None)
-        self._measured_on, self.takes_labels = state, takes_labels
-        assert gated is not None
-        return output, total, gated
+            self.loss.begin()
+        assert self.gated is not None
+        return output, total, self.gated
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _output(self) -> Any:
+        """The forward's, with labels where it leaves the loss to its loss function."""
+        if self.own.measured.takes_labels:
+            output = self.forward(**self.arguments, labels=self.labels.given)
+            if self.stand_in.hidden_states:
+                return output
+            # It has a loss of its own, on hidden states.
+            self._forget_labels()
+        return self.forward(**self.arguments)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _total(self, output: Any) -> Tensor:
+        """The loss (), which is scored here unless the loss function did."""
+        model, probe, logits = self.model, self.stand_in.logits, output.logits
+        if self.gated is not None:
+            if self.measuring:
+                check_same_logits(model, logits, self.loss.logits)
+                check_loss(model, output.loss, self.gated.loss, output, probe)
+            total: Tensor = output.loss
+            return total
+        measured = self.own.measured
+        if measured.takes_labels and self.measuring:
+            counted = cross_entropy(logits, self.labels.given)
+            check_loss(model, output.loss, counted, output, probe)
+        self._forget_labels()
+        labels = self.labels
+        mask = self.arguments.get("attention_mask")
+        if (
+            self.own.measured.drops_masked_labels
+            and labels.labels is not None
+            and isinstance(mask, Tensor)
+            and mask.shape == labels.labels.shape
+        ):
+            without = labels.labels.masked_fill(mask == 0, labels.ignore_index)
+            labels = replace(labels, labels=without)
+        return self._with_auxiliary_loss(self._score_once(logits, labels).loss, output)
+
+    def _forget_labels(self) -> None:
+        self.own.measured = replace(self.own.measured, takes_labels=False)
+
+    def _score_once(self, logits: Any, labels: Labels | None = None) -> GatedLoss:
+        own, stand_in, model = self.own, self.stand_in, self.model
+        try:
+            with torch.set_grad_enabled(self.with_gradients):
+                hidden_states = stand_in.handed(model, self.with_gradients)
+                if self.measuring:
+                    with torch.enable_grad():
+                        transform, vocab_size = measure(model, stand_in.logits, logits)
+                        if self.loss.logits is not None:
+                            check_loss_functions(model, self.functions, logits)
+                    own.measured = replace(own.measured, transform=transform, vocab_size=vocab_size)
+                labels = self._those_that_count(labels or self.labels)
+                self.gated = self.score(self.layer, hidden_states, labels, self.measuring)
+        except Exception as error:
+            self.refusal = error
+            raise
+        return self.gated
+
+    def _those_that_count(self, labels: Labels) -> Labels:
+        """The labels that the forward gave to its loss function, where they are not those that it was given."""
+        found, passed = labels.given, self.labels.given
+        as_shifted = labels.shift_labels is not None and self.labels.shift_labels is None
+        same = found is passed or (
+            found.shape == passed.shape and torch.equal(found.to(passed.device), passed)
+        )
+        if same and not as_shifted and labels.ignore_index == self.labels.ignore_index:
+            return self.labels
+        return labels
+
+    def _with_auxiliary_loss(self, loss: Tensor, output: Any) -> Tensor:
+        """`loss` with a mixture's load-balancing loss, for a forward that was not given labels."""
+        aux_loss = getattr(output, "aux_loss", None)
+        if not isinstance(aux_loss, Tensor):
+            return loss
+        coefficient = self.own.measured.auxiliary_coefficient
+        if coefficient is None:
+            coefficient = getattr(self.model, "router_aux_loss_coef", None)
+        if coefficient is None:
+            coefficient = self.model.config.router_aux_loss_coef
+        return loss + float(coefficient) * aux_loss.to(loss.device)
 
 
 class _StandIn(nn.Module):
@@ -165,10 +349,12 @@ class _StandIn(nn.Module):
     One object for all forwards: torch.compile traces a module that is another each time anew.
     """
 
-    def begin(self, layer: Any, logits: Tensor) -> None:
-        """Stand in for `layer`, and return `logits`."""
+    def begin(self, layer: Any, logits: Tensor, recording: bool) -> None:
+        """Stand in for `layer`, and return `logits`; `recording` what becomes of them for autograd."""
         # Not a child and not a buffer: they are no part of the model.
-        self.__dict__.update(layer=layer, logits=logits, hidden_states=[])
+        self.__dict__.update(
+            layer=layer, logits=logits, recording=recording, hidden_states=[], grad_modes=[]
+        )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._keep(hidden_states)
@@ -179,12 +365,21 @@ class _StandIn(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _keep(self, hidden_states: Tensor) -> None:
         self.hidden_states.append(hidden_states)
+        self.grad_modes.append(torch.is_grad_enabled())
+        if self.recording:
+            torch.set_grad_enabled(True)
 
-    def handed(self, model: nn.Module) -> Tensor:
+    def handed(self, model: nn.Module, with_gradients: bool) -> Tensor:
         """The hidden states that the lm_head was given."""
         if len(self.hidden_states) != 1:
             times = len(self.hidden_states)
             raise UnknownForwardError(model, f"calls its lm_head {times} times in one pass")
+        if with_gradients and not self.grad_modes[0]:
+            raise UnknownForwardError(
+                model,
+                "calls its lm_head where no gradients are recorded (in a reentrant checkpoint, for one), so that nothing "
+                "before it would train",
+            )
         hidden_states: Tensor = self.hidden_states[0]
         return hidden_states
 
@@ -202,17 +397,38 @@ class _Loss:
 
     def __init__(self) -> None:
         self.logits: Any = None
-        self._score: Callable[[Any], GatedLoss] | None = None
+        self._score: Callable[[Any, Labels | None], GatedLoss] | None = None
+        self._ignore_index = -100
 
-    def begin(self, score: Callable[[Any], GatedLoss] | None) -> None:
+    def begin(
+        self,
+        score: Callable[[Any, Labels | None], GatedLoss] | None = None,
+        ignore_index: int = -100,
+    ) -> None:
         """Score with this from now on, or with nothing."""
-        self.logits, self._score = None, score
+        self.logits, self._score, self._ignore_index = None, score, ignore_index
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Any = None,
+        ignore_index: int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         assert self._score is not None
         self.logits = logits
-        return self._score(logits).loss
+        if num_items_in_batch is not None:
+            raise ValueError("num_items_in_batch is set by the forward itself")
+        given = None
+        if labels is not None or shift_labels is not None:
+            if ignore_index is None:
+                ignore_index = self._ignore_index
+            given = Labels(labels, shift_labels, ignore_index)
+        return self._score(logits, given).loss
 
 
 def _places_of(model: PreTrainedModel, layer: nn.Module) -> list[str]:
@@ -225,8 +441,23 @@ def _places_of(model: PreTrainedModel, layer: nn.Module) -> list[str]:
 
 
 def _options_of(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments with which it calls its lm_head: in training, Liger's forwards have a loss on hidden states else."""
-    return {"skip_logits": False} if "skip_logits" in inspect.signature(forward).parameters else {}
+    """Arguments with which a forward returns logits in an output, and nothing that is only for generating."""
+    options: dict[str, Any] = {
+        name: value
+        for name, value in (("use_cache", False), ("return_dict", True))
+        if _accepts(forward, name)
+    }
+    # In training, Liger's forwards have a loss on hidden states else.
+    if "skip_logits" in inspect.signature(forward).parameters:
+        options["skip_logits"] = False
+    return options
+
+
+def _accepts(forward: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(forward).parameters
+    return name in parameters or any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
+    )
 
 
 def _around(model: PreTrainedModel, places: list[str]) -> list[PreTrainedModel]:
@@ -260,11 +491,17 @@ def _state_of(model: PreTrainedModel, layer: Any) -> tuple[Any, ...]:
     """What a measurement holds for: a user may change a softcap, PEFT put an adapter on the lm_head."""
     numbers = tuple(
         value
-        for config in _configs_of(model)
-        for value in vars(config).values()
+        for owner in (*_configs_of(model), model)
+        for name, value in vars(owner).items()
         if isinstance(value, int | float)
+        and not name.startswith("_")
+        and name != "accepts_loss_kwargs"
     )
-    return type(layer), len(_modules_inside(layer)), numbers
+    inner = innermost(layer)
+    hooks = (len(inner._forward_pre_hooks), len(inner._forward_hooks))
+    loss_function: Any = model.loss_function
+    loss_function = getattr(loss_function, "__func__", loss_function)
+    return type(layer), len(_modules_inside(layer)), hooks, id(loss_function), numbers
 
 
 def _configs_of(model: PreTrainedModel) -> list[Any]:
@@ -273,157 +510,3 @@ def _configs_of(model: PreTrainedModel) -> list[Any]:
 
 def _modules_inside(layer: Any) -> list[Any]:
     return list(layer.modules()) if isinstance(layer, nn.Module) else []
-
-
-# --- what is measured ---
-
-
-def _probe_of(width: int, device: torch.device) -> Tensor:
-    """Numbers (1, 4, V) of both signs over all magnitudes that matter, in no order."""
-    generator = torch.Generator().manual_seed(0)
-    count = _PROBE_TOKENS * width
-    powers = torch.linspace(_SMALLEST_POWER, _LARGEST_POWER, count)
-    signs = torch.randint(2, (count,), generator=generator) * 2 - 1
-    numbers = (powers.exp2() * signs)[torch.randperm(count, generator=generator)]
-    return numbers.reshape(1, _PROBE_TOKENS, width).to(device)
-
-
-def _measure(model: nn.Module, probe: Tensor, logits: Any) -> tuple[LogitsTransform, int]:
-    """Scale, softcap and number of columns by which the forward has made `logits` of `probe`, (1, 4, V).
-
-    Raises:
-        UnknownForwardError: it has done something else.
-    """
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != probe.shape[:-1]:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnknownForwardError(
-            model, f"makes {shape} of logits of shape {tuple(probe.shape)} from its lm_head"
-        )
-    vocab_size = min(logits.size(-1), probe.size(-1))
-    given = probe[..., :vocab_size].double().cpu().flatten()
-    found = logits[..., :vocab_size].detach().double().cpu().flatten()
-    smallest, largest = int(given.abs().argmin()), int(given.abs().argmax())
-    scale = (found[smallest] / given[smallest]).item()
-    if abs(scale - 1) < 0.005:  # What bfloat16 may make of a number.
-        scale = 1.0
-    softcap = None
-    if found[largest].abs() < abs(scale) * given[largest].abs() / 2:
-        softcap = found[largest].abs().item()
-    if not math.isfinite(scale) or scale == 0 or softcap == 0:
-        raise UnknownForwardError(
-            model, "gives another logits than its lm_head's, scaled or capped"
-        )
-    transform = LogitsTransform(scale, softcap)
-    expected = transform(given)
-    error = ((found - expected) / expected).abs().max().item()
-    if not error <= 0.02:
-        raise UnknownForwardError(
-            model,
-            f"gives another logits than its lm_head's, scaled and capped: with {transform} it differs by {error:.3g} "
-            "of their size",
-        )
-    return transform, vocab_size
-
-
-def _check_loss_functions(model: nn.Module, functions: list[Any], logits: Tensor) -> None:
-    """Refuse a loss function that is not the next token's cross-entropy, on what became of the probe."""
-    labels = _probe_labels(logits)
-    for function in functions:
-        if function is not ForCausalLMLoss:
-            own = function(logits=logits, labels=labels, vocab_size=logits.size(-1))
-            _check_same_loss(model, own, _cross_entropy(logits, labels))
-
-
-def _check_same_logits(model: nn.Module, returned: Any, scored: Any) -> None:
-    """Refuse a forward that returns other logits than it gives to its loss function."""
-    if isinstance(returned, Tensor) and isinstance(scored, Tensor):
-        same_shape = returned.shape == scored.shape
-        if not same_shape or not torch.allclose(returned.float(), scored.float(), rtol=0.01):
-            raise UnknownForwardError(
-                model, "returns another logits than those that its loss is of"
-            )
-
-
-def _check_same_loss(model: nn.Module, own: Any, expected: Tensor) -> None:
-    found = own.float().item() if isinstance(own, Tensor) else math.nan
-    if not abs(found - expected.item()) <= 1e-3 * max(abs(expected.item()), 1e-6):
-        raise UnknownForwardError(
-            model,
-            f"gives another loss than cross-entropy on the next token: {found:.6g} for {expected.item():.6g}",
-        )
-
-
-def _check_remainder(model: PreTrainedModel, loss: Any, counted: Tensor, output: Any) -> None:
-    """Refuse a forward whose loss is more than what is counted and a coefficient times its auxiliary loss."""
-    if isinstance(loss, Tensor) and loss.isnan() and counted.isnan():
-        return  # Of a weight that is NaN, which trainers look for by name.
-    aux_loss = getattr(output, "aux_loss", None)
-    if not isinstance(aux_loss, Tensor) or not isinstance(loss, Tensor):
-        _check_same_loss(model, loss, counted.detach().float())
-        return
-    remainder = (loss - counted).item()
-    tolerance = 1e-5 * abs(counted.item())
-    for coefficient in (0.0, *_numbers_of(model)):
-        expected = coefficient * aux_loss.item()
-        if abs(remainder - expected) <= tolerance + 1e-3 * abs(expected):
-            return
-    raise UnknownForwardError(
-        model,
-        f"adds {remainder:.3g} to its loss, which no coefficient of its configuration makes of its auxiliary loss "
-        f"({aux_loss.item():.3g})",
-    )
-
-
-def _with_auxiliary_loss(model: PreTrainedModel, loss: Tensor, output: Any) -> Tensor:
-    """`loss` with a mixture's load-balancing loss, for a forward that was not given labels."""
-    aux_loss = getattr(output, "aux_loss", None)
-    if not isinstance(aux_loss, Tensor):
-        return loss
-    coefficient = getattr(model, "router_aux_loss_coef", None)
-    if coefficient is None:
-        coefficient = model.config.router_aux_loss_coef
-    return loss + float(coefficient) * aux_loss.to(loss.device)
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """What a causal LM's loss is: of (1, n, V) and (1, n)."""
-    targets = labels[:, 1:].flatten().to(logits.device)
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets).detach()
-
-
-def _probe_labels(logits: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    size = logits.size(-1)
-    return torch.randint(size, (1, _PROBE_TOKENS), generator=generator).to(logits.device)
-
-
-def ordinary_tokens(model: PreTrainedModel) -> Tensor:
-    """(1, 4) ids that the configuration does not name, as it does an image's or the end's."""
-    # A model may have more embeddings than logits, for images, or fewer.
-    embeddings: Any = model.get_input_embeddings()
-    sizes = (getattr(embeddings, "num_embeddings", None), lm_head_rows(lm_head_of(model)))
-    size = min(size for size in sizes if size)
-    named = {int(number) for number in _numbers_of(model) if float(number).is_integer()}
-    # From the middle, where ordinary tokens are.
-    order = (token for half in (range(size // 2, size), range(size // 2)) for token in half)
-    ids = [token for token, _ in zip((t for t in order if t not in named), range(4), strict=False)]
-    ids = (ids or [0]) * _PROBE_TOKENS
-    return torch.tensor([ids[:_PROBE_TOKENS]], device=next(embeddings.parameters()).device)
-
-
-def _numbers_of(model: PreTrainedModel) -> list[float]:
-    """All numbers in the model's configuration and its parts, and on the model itself."""
-    numbers: list[float] = []
-
-    def collect(value: Any, depth: int) -> None:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            numbers.append(value)
-        elif isinstance(value, Mapping) and depth:
-            for part in value.values():
-                collect(part, depth - 1)
-        elif isinstance(value, PretrainedConfig) and depth:
-            collect(vars(value), depth - 1)
-
-    collect(model.config, 8)
-    collect({name: value for name, value in vars(model).items() if not name.startswith("_")}, 1)
-    return numbers

@@ -42,12 +42,12 @@ def child_of(parent: nn.Module, name: str, child: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """Have the module and all in it in evaluation mode, then each in its own again."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Have the module and all in it in training or evaluation mode, then each in its own again."""
+    modes = {part: part.training for part in module.modules()}
+    module.train(training)
     try:
         yield
     finally:
-        for part, mode in training.items():
+        for part, mode in modes.items():
             part.training = mode

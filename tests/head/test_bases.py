@@ -326,7 +326,7 @@ def test_logits_that_are_scaled_in_place(batch: Batch) -> None:
     expected = gradients(model, loss)
     add_gated_head(model)
     assert_like_formula(model, loss, expected, batch, TOLERANCE)
-    assert gated_head_of(model).own_forward.transform.scale == pytest.approx(0.5)
+    assert gated_head_of(model).own_forward.measured.transform.scale == pytest.approx(0.5)
 
 
 try:

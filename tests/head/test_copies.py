@@ -126,19 +126,29 @@ def test_remove_leaves_no_trace(model: PreTrainedModel, batch: Batch) -> None:
         head.remove()
 
 
-def test_a_forward_on_the_instance_runs_without_labels_and_is_given_back(
+def test_a_forward_on_the_instance_is_the_models_own_and_is_given_back(
     model: PreTrainedModel, batch: Batch
 ) -> None:
     def patched(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return "patched", Phi3ForCausalLM.forward(self, *args, **kwargs)
+        output = Phi3ForCausalLM.forward(self, *args, **{**kwargs, "labels": None})
+        output.logits = output.logits / 2
+        if kwargs.get("labels") is not None:
+            output.loss = self.loss_function(
+                logits=output.logits, labels=kwargs["labels"], vocab_size=output.logits.size(-1)
+            )
+        return output
 
     forward = types.MethodType(patched, model)
     model.forward = forward
+    expected = model(**batch)
 
-    head = add_gated_head(model)
+    head = add_gated_head(model, "nll")
 
-    assert model(input_ids=batch["input_ids"])[0] == "patched"
-    assert isinstance(model(**batch), GatedCausalLMOutput)
+    without_labels = model(**{**batch, "labels": None})
+    torch.testing.assert_close(without_labels.logits, expected.logits)
+    actual = model(**batch)
+    assert isinstance(actual, GatedCausalLMOutput)
+    torch.testing.assert_close(actual.loss, expected.loss, check_dtype=False)
     head.remove()
     assert model.__dict__["forward"] is forward
 

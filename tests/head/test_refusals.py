@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutput
 
 from deft_plugin import add_gated_head
 
@@ -104,6 +107,66 @@ class Smoothed(LlamaForCausalLM):
         )
 
 
+class SmoothedInTraining(LlamaForCausalLM):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if labels is not None:
+            smoothing = 0.1 if self.training else 0.0
+            logits, targets = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            output.loss = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return output
+
+
+class MeanOfMeans(LlamaForCausalLM):
+    def loss_function(self, logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+        rows = zip(logits[:, :-1], labels[:, 1:], strict=True)
+        return torch.stack([nn.functional.cross_entropy(*row) for row in rows]).mean()
+
+
+class LearnedScale(LlamaForCausalLM):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.logit_scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.logit_scale
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, output.logits.size(-1))
+        return output
+
+
+class Wider(LearnedScale):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        output = super(LearnedScale, self).forward(*args, **kwargs)
+        output.logits = nn.functional.pad(output.logits, (0, 16))
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, output.logits.size(-1))
+        return output
+
+
+class _Warp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        (logits,) = ctx.saved_tensors
+        return upstream, 1e-4 * logits * (logits == logits.amax(-1, keepdim=True))
+
+
+class Warped(LlamaForCausalLM):
+    """A regularisation that shows in the gradient alone, as RWKV's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output.loss = _Warp.apply(output.loss, output.logits)
+        return output
+
+
 class Unlike(LlamaForCausalLM):
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         return self.lm_head(self.model.embed_tokens(input_ids))
@@ -120,6 +183,11 @@ class Unlike(LlamaForCausalLM):
         (Twice, "calls its lm_head 2 times"),
         (Unshifted, "Unshifted's own forward gives another loss"),
         (Smoothed, "Smoothed's own forward gives another loss"),
+        (SmoothedInTraining, "SmoothedInTraining's own forward gives another loss"),
+        (MeanOfMeans, "MeanOfMeans's own forward gives another loss"),
+        (LearnedScale, "computes its logits with logit_scale after its lm_head"),
+        (Wider, "gives 144 logits, 16 of them not its lm_head's"),
+        (Warped, "gradient in its logits is not that of cross-entropy"),
         (Regularised, "adds 0.123 to its loss, which no coefficient of its configuration"),
         (Unlike, "does not have the form backbone, lm_head, logits.*gated_loss"),
     ],
@@ -132,6 +200,48 @@ def test_a_forward_that_treats_logits_or_labels_in_an_unknown_way_is_refused(
     with pytest.raises(ValueError, match=message):
         add_gated_head(model)
     assert (vars(model), vars(model.model)) == before
+
+
+def test_a_head_in_a_checkpoint_without_gradients_is_refused() -> None:
+    class Checkpointed(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            embeddings = self.model.embed_tokens(input_ids)
+            logits = checkpoint(
+                lambda x: self.lm_head(self.model.norm(x)), embeddings, use_reentrant=True
+            )
+            return CausalLMOutput(self.loss_function(logits, labels, logits.size(-1)), logits)
+
+    model = Checkpointed(text_config())
+    add_gated_head(model)
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="where no gradients are recorded"):
+        model(input_ids=ids, labels=ids)
+
+
+def test_a_hook_that_changes_logits_is_refused_and_one_that_looks_on_is_not() -> None:
+    model = tiny_model("llama")
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    add_gated_head(model).remove()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="lm_head has a hook that changes its logits"):
+        add_gated_head(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "put_on",
+    [
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", amount=0.2),
+    ],
+)
+def test_a_weight_that_a_hook_makes_is_refused(put_on: Any) -> None:
+    model = tiny_model("llama")
+    put_on(model.lm_head)
+    with pytest.raises(ValueError, match="weight is made anew by a hook"):
+        add_gated_head(model)
 
 
 def test_an_lm_head_that_is_no_linear_layer_is_refused() -> None:
