@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .lm_head import lm_head_of, lm_head_rows
+from .lm_head import lm_head_of, lm_head_rows, lm_head_width
 from .ops.projection import LogitsTransform
 
 ADVICE = "Use deft_plugin.gated_loss on its logits instead."
@@ -116,9 +116,12 @@ def _leaves_of(tensor: Tensor) -> Iterator[Tensor]:
 
 def check_loss_functions(model: PreTrainedModel, functions: list[Any], logits: Tensor) -> None:
     """Refuse a loss function that is not the next token's cross-entropy, on logits of ordinary size."""
-    vocab_size = logits.size(-1)
+    vocab_size, layer = logits.size(-1), lm_head_of(model)
     generator = torch.Generator().manual_seed(2)
     ordinary = torch.randn(2, 16, vocab_size, generator=generator).to(logits.device)
+    if lm_head_width(layer) != lm_head_rows(layer):
+        # A loss of the ranks' logits together adds log 2 where all have the same: little beside large numbers.
+        ordinary *= 4096
     labels = torch.randint(vocab_size, (2, 16), generator=generator)
     labels[-1, -6:] = -100
     # A weight of its own, if any token has one, is the end's.

@@ -69,9 +69,6 @@ REFUSED: dict[str, Refusal] = {
     "BigBirdPegasusForCausalLM": _UNSHIFTED,
     "BlenderbotForCausalLM": _UNSHIFTED,
     "BlenderbotSmallForCausalLM": _UNSHIFTED,
-    "Blip2ForConditionalGeneration": Refusal(
-        "its forward computes a loss of its own", "does not have the form", until="5.23"
-    ),
     "BlipForConditionalGeneration": Refusal(
         "a captioning encoder-decoder, its lm_head inside a text decoder", "no lm_head"
     ),
