@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deft_plugin.ops import chunked
+from deft_plugin.ops import tiles
 
 from .cases import (
     FUSED_PATHS,
@@ -172,8 +172,8 @@ def test_the_size_of_tiles_of_given_logits_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, tile_rows: int, masked_share: float, name: str
 ) -> None:
     for budget in ("CPU_TILE_BYTES", "FROZEN_TILE_BYTES", "TRAINABLE_TILE_BYTES"):
-        monkeypatch.setattr(chunked, budget, 0)
-    monkeypatch.setattr(chunked, "SMALLEST_TILE_ROWS", tile_rows)
+        monkeypatch.setattr(tiles, budget, 0)
+    monkeypatch.setattr(tiles, "SMALLEST_TILE_ROWS", tile_rows)
     case = random_case(9, 30, masked_share=masked_share)
     expected = formula(case, name, {}).sum() / (case.targets != -100).sum()
     result = gated("logits", case, name)
