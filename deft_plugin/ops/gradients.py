@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .output import gradient_bound
-from .products import add_product_
+from .products import add_outer_, project_back_
 from .projection import Operands
 from .sums import statistics_dtype
 from .tiles import FoldedTiles, Head, Tile
@@ -85,9 +85,11 @@ class Gradients:
             if gradient is None:
                 continue
             if kept is None:
-                torch.mm(error, weight, out=gradient[tile.positions])
+                project_back_(gradient[tile.positions], error, weight)
             else:
-                gradient[tile.positions].index_copy_(0, kept, error @ weight)
+                product = gradient.new_empty(error.size(0), gradient.size(1))
+                project_back_(product, error, weight)
+                gradient[tile.positions].index_copy_(0, kept, product)
 
     def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Tensor | None) -> None:
         """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
@@ -99,9 +101,9 @@ class Gradients:
         for (hidden, _), gradient in zip(self.operands.products(), gradients, strict=False):
             if gradient is not None:
                 scaled = (hidden[rows] * scale).to(error.dtype)
-                add_product_(gradient, self._keep, error.t(), scaled)
+                add_outer_(gradient, self._keep, error, scaled)
         if self.bias is not None:
-            add_product_(self.bias.unsqueeze(1), self._keep, error.t(), scale.to(error.dtype))
+            add_outer_(self.bias.unsqueeze(1), self._keep, error, scale.to(error.dtype))
         self._keep = 1
 
     def _rows_that_earn(self, tile: Tile, gate: Tensor, tiles: FoldedTiles) -> Tensor | None:

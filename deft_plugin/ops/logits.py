@@ -130,7 +130,7 @@ def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[slice, Tensor 
     """(positions among the valid tokens, rows of the logits) of each tile; at least one tile."""
     count = valid.targets.numel()
     dtype = statistics_dtype(logits.dtype)
-    tile_rows = default_tile_rows(count, logits.size(1), 0, dtype, logits.device)
+    tile_rows = default_tile_rows(count, logits.size(1), dtype, logits.device)
     for start in range(0, max(count, 1), tile_rows):
         positions = slice(start, min(start + tile_rows, count))
         yield positions, positions if valid.rows is None else valid.rows[positions]

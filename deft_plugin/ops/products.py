@@ -1,4 +1,9 @@
-"""Matrix products added to a matrix of higher precision, without a copy of either factor."""
+"""The core's matrix products, on the paths that are fast.
+
+A vocabulary that is no multiple of 8 (one token added to a model's) makes an accelerator's products several times slower, since
+rows and columns of the weight no longer lie in whole vectors. So they are taken of the largest part of the vocabulary
+that does, and of the rest, apart.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,40 @@ from torch import Tensor
 
 logger = logging.getLogger("deft_plugin")
 
+# Columns of a vocabulary that a product on an accelerator takes together: a multiple of this, or all.
+VOCABULARY_MULTIPLE = 64
+ALIGNED_VOCABULARY = 8
 # Rows that are copied in the accumulator's precision at a time where a device cannot add into it.
 BLOCK_ROWS = 16384
+
+
+def project_(logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """logits = hidden @ weight.T, all of one dtype; (n, V), (n, H) and (V, H)."""
+    for columns in vocabulary_parts(weight):
+        torch.mm(hidden, weight[columns].t(), out=logits[:, columns])
+
+
+def project_back_(gradient: Tensor, error: Tensor, weight: Tensor) -> None:
+    """gradient = error @ weight, all of one dtype; (n, H), (n, V) and (V, H)."""
+    first, *rest = vocabulary_parts(weight)
+    torch.mm(error[:, first], weight[first], out=gradient)
+    for columns in rest:
+        gradient.addmm_(error[:, columns], weight[columns])
+
+
+def add_outer_(gradient: Tensor, keep: int, error: Tensor, hidden: Tensor) -> None:
+    """gradient = keep * gradient + error.T @ hidden, in its precision; (V, H), (n, V) and (n, H)."""
+    for columns in vocabulary_parts(gradient):
+        add_product_(gradient[columns], keep, error[:, columns].t(), hidden)
+
+
+def vocabulary_parts(weight: Tensor) -> list[slice]:
+    """The parts of a (V, H) weight's rows that products are taken of; one, or two."""
+    vocab_size = weight.size(0)
+    whole = vocab_size // VOCABULARY_MULTIPLE * VOCABULARY_MULTIPLE
+    if weight.device.type == "cpu" or vocab_size % ALIGNED_VOCABULARY == 0 or whole == 0:
+        return [slice(0, vocab_size)]
+    return [slice(0, whole), slice(whole, vocab_size)]
 
 
 def add_product_(accumulator: Tensor, keep: int, left: Tensor, right: Tensor) -> None:

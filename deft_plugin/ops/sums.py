@@ -75,14 +75,16 @@ def statistics_of_sums(
     offset, is_top1, others, squares, weighted, _ = Sums(*sums)
     power = offset.exp()
     total = others + power
+    # Of a sum that is 1 but for little, where the target is the largest or another's probability is nearly 1.
+    log_total = (others + offset.expm1()).log1p()
     missed = others / total
     entropy = None
     if request.entropy:
         # Two terms >= 0, so that nothing cancels; rounding may leave -1e-8 where p = 1.
         target_term = torch.where(power == 0, 0, offset * power)
-        entropy = (total.log() - (weighted + target_term) / total).clamp(min=0)
+        entropy = (log_total - (weighted + target_term) / total).clamp(min=0)
     return TokenStatistics(
-        log_p=torch.where(missed < 0.5, torch.log1p(-missed), offset - total.log()),
+        log_p=torch.where(missed < 0.5, torch.log1p(-missed), offset - log_total),
         vocab_size=vocab_size,
         # Without the maximum's NaN, which a reduction may have lost.
         is_top1=(is_top1 == 1) & ~total.isnan(),

@@ -34,8 +34,13 @@ from .projection import LogitsTransform
 from .sums import StatisticsRequest
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-LARGEST_BLOCK = 16384
-# Few large programs at a time: then the rows in flight fit a cache of tens of MiB between the two walks.
+# Columns at a time, by what was fastest on a H100. Few large programs, so that the rows in flight fit a cache of tens
+# of MiB between the two walks; as many columns as a thread's registers hold, where rows are long enough to gain by it.
+LONG_ROW = 98_304
+LONG_ROW_BLOCK = 32_768
+WRITING_BLOCK = 16_384
+SHORT_BLOCK = 8_192
+DOUBLE_BLOCK = 4_096
 ELEMENTS_PER_WARP = 512
 VECTOR_BYTES = 16
 # Rows that begin at a multiple of this many elements are aligned for vectors and for matrix products.
@@ -59,7 +64,7 @@ def _transformed(
     derivative = 1.0
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x), with derivative 4 e^2x / (1 + e^2x)^2; the power may not overflow.
-        LIMIT: tl.constexpr = 126.0 if DTYPE == tl.float32 else 1022.0
+        LIMIT: tl.constexpr = 1022.0 if DTYPE is tl.float64 else 126.0
         power = tl.exp2(tl.minimum(z * INNER_FACTOR, LIMIT))
         share = 1.0 / (1.0 + power)
         derivative = 4.0 * share * (share * power)
@@ -224,20 +229,29 @@ def triton_fold_(
             sums.stride(0),
             vocab_size,
             logits.size(1),
-            **launch_options(vocab_size, logits.dtype, transform),
-            HAS_BIAS=bias is not None,
-            COLLISION=request.collision,
-            ENTROPY=request.entropy,
-            WRITE_ERROR=write_error,
+            **launch_options(
+                vocab_size, logits.dtype, bias is not None, transform, request, write_error
+            ),
         )
 
 
 def launch_options(
-    vocab_size: int, dtype: torch.dtype, transform: LogitsTransform
+    vocab_size: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    transform: LogitsTransform,
+    request: StatisticsRequest,
+    write_error: bool,
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants that follow from the logits, and its number of warps."""
-    is_double = dtype == torch.float64
-    block = LARGEST_BLOCK // 4 if is_double else LARGEST_BLOCK
+    """The kernel's compile-time constants and its number of warps."""
+    if dtype == torch.float64:
+        block = DOUBLE_BLOCK
+    elif vocab_size < LONG_ROW or not write_error:
+        block = SHORT_BLOCK
+    elif has_bias or transform.softcap is not None or dtype.itemsize > 2:
+        block = WRITING_BLOCK
+    else:
+        block = LONG_ROW_BLOCK
     block = min(block, max(triton.next_power_of_2(vocab_size), 128))
     if transform.softcap is not None:
         factor = transform.softcap * LOG2_E.value
@@ -251,9 +265,13 @@ def launch_options(
         "FACTOR": factor,
         "INNER_FACTOR": inner_factor,
         "HAS_SOFTCAP": transform.softcap is not None,
-        "DTYPE": tl.float64 if is_double else tl.float32,
+        "DTYPE": tl.float64 if dtype == torch.float64 else tl.float32,
         "BLOCK": block,
         "VECTOR": VECTOR_BYTES // dtype.itemsize,
+        "HAS_BIAS": has_bias,
+        "COLLISION": request.collision,
+        "ENTROPY": request.entropy,
+        "WRITE_ERROR": write_error,
         "num_warps": max(4, min(_most_warps(), block // ELEMENTS_PER_WARP)),
     }
 

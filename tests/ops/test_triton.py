@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from deft_plugin import linear_gated_loss
-from deft_plugin.ops import availability
+from deft_plugin.ops import availability, tiles
 from deft_plugin.ops.sums import StatisticsRequest, empty_sums
 
 from .cases import (
@@ -181,5 +181,9 @@ class TestOnAGPU:
         extra = torch.cuda.max_memory_allocated() - before
         allowed = hidden.numel() * 2 + 100 * 2**20
         # The weight's gradient in float32 beside its last conversion to bfloat16.
-        allowed += 256 * 2**20 if frozen else 2**30 + weight.numel() * (4 + 2)
+        allowed += (
+            tiles.FROZEN_TILE_ROWS * vocab_size * 2
+            if frozen
+            else tiles.GPU_TILE_BYTES + weight.numel() * (4 + 2)
+        )
         assert extra <= allowed
