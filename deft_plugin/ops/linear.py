@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..objectives import Objective, build_objective
 from .availability import chooses_triton
-from .chunked import Head, buffer_dtype, chunked_token_loss, default_tile_rows
+from .chunked import chunked_token_loss
 from .output import (
     GatedLoss,
     Reduction,
@@ -23,7 +23,8 @@ from .projection import LogitsTransform, Operands, product_dtype, project
 from .reference import reference_token_loss
 from .settings import CoreSettings, Path
 from .shard import VocabularyShard
-from .softmax import StatisticsRequest
+from .sums import StatisticsRequest
+from .tiles import Head, buffer_dtype, default_tile_rows
 
 
 def linear_gated_loss(
@@ -74,7 +75,7 @@ def linear_gated_loss(
         path: "triton" (a GPU, or TRITON_INTERPRET=1), "chunked" (PyTorch, any device), "reference" (full
             logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked.
         tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
-            24 MiB on a CPU, elsewhere 256 MiB with a frozen weight and 1 GiB with a trainable one.
+            64 MiB on a CPU and 1 GiB elsewhere, of at most 2,048 tokens where the weight is frozen.
         skip_below: leave tokens out of the gradients' products whose gradient is bounded by less than this
             share of the mean over their tile, and say which in the result's `skipped`; 2**-12 loses
             less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics, build_objective
-from .chunked import default_tile_rows, refuse_second_derivative
+from .chunked import refuse_second_derivative
 from .output import (
     GatedLoss,
     Reduction,
@@ -18,7 +18,10 @@ from .output import (
     check_reduction,
     described,
 )
-from .softmax import StatisticsRequest, concatenate, fold_logits_, statistics_dtype
+from .projection import LogitsTransform
+from .softmax import fold_, top_k_entropy
+from .sums import StatisticsRequest, Sums, empty_sums, statistics_dtype, statistics_of_sums
+from .tiles import default_tile_rows
 
 
 def gated_loss(
@@ -88,10 +91,17 @@ class _TokenLossOfLogits(torch.autograd.Function):
         request: StatisticsRequest,
     ) -> tuple[Tensor | None, ...]:
         ctx.valid = valid
-        tiles = [
-            fold_logits_(tile, targets, request)[2] for _, tile, targets in _tiles(logits, valid)
-        ]
-        statistics = concatenate(tiles)
+        sums = empty_sums(valid.targets.numel(), logits.dtype, logits.device)
+        top_k = []
+        for positions, rows in _tiles(logits, valid):
+            tile = _copied(logits[rows])
+            if request.top_k is not None:
+                top_k.append(top_k_entropy(tile, None, LogitsTransform(), request.top_k))
+            targets = valid.targets[positions]
+            fold_(tile, None, LogitsTransform(), targets, request, sums[:, positions], False)
+        statistics = statistics_of_sums(
+            sums, logits.size(1), request, torch.cat(top_k) if top_k else None
+        )
         gate = objective.gate(statistics)
         ctx.save_for_backward(logits, gate)
         values = statistics.tensors()
@@ -104,21 +114,27 @@ class _TokenLossOfLogits(torch.autograd.Function):
         logits, gate = ctx.saved_tensors
         token_weight = gate * upstream
         gradient = torch.zeros_like(logits)
-        start = 0
-        for rows, tile, targets in _tiles(logits, ctx.valid):
-            error, row_factor = fold_logits_(tile, targets, StatisticsRequest())[:2]
-            row_factor = row_factor * token_weight[start : start + targets.numel()]
-            gradient[rows] = error.mul_(row_factor.unsqueeze(1)).to(logits.dtype)
-            start += targets.numel()
+        targets = ctx.valid.targets
+        sums = empty_sums(targets.numel(), logits.dtype, logits.device)
+        for positions, rows in _tiles(logits, ctx.valid):
+            error, tile_sums = _copied(logits[rows]), sums[:, positions]
+            fold_(
+                error, None, LogitsTransform(), targets[positions], StatisticsRequest(), tile_sums
+            )
+            row_scale = Sums(*tile_sums).row_factor * token_weight[positions]
+            gradient[rows] = error.mul_(row_scale.unsqueeze(1)).to(logits.dtype)
         return gradient, None, None, None
 
 
-def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-    """(rows, a float32 or float64 copy of their logits, targets) of each tile; at least one tile."""
-    dtype = statistics_dtype(logits.dtype)
+def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[slice, Tensor | slice]]:
+    """(positions among the valid tokens, rows of the logits) of each tile; at least one tile."""
     count = valid.targets.numel()
+    dtype = statistics_dtype(logits.dtype)
     tile_rows = default_tile_rows(count, logits.size(1), dtype, logits.device)
     for start in range(0, max(count, 1), tile_rows):
         positions = slice(start, min(start + tile_rows, count))
-        rows = positions if valid.rows is None else valid.rows[positions]
-        yield rows, logits[rows].to(dtype, copy=True), valid.targets[positions]
+        yield positions, positions if valid.rows is None else valid.rows[positions]
+
+
+def _copied(logits: Tensor) -> Tensor:
+    return logits.to(statistics_dtype(logits.dtype), copy=True)

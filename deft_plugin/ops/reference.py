@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics
-from .softmax import StatisticsRequest
+from .sums import StatisticsRequest
 
 
 def reference_token_loss(

@@ -1,4 +1,4 @@
-"""From one tile of logits to token statistics and the error p - e_y, in place, with PyTorch's operations.
+"""From one tile of logits to its sums and the error p - e_y, in place, with PyTorch's operations.
 
 The error's target entry is minus the sum of the other probabilities rather than p_y - 1, and log p_y of
 a confident token is log1p of that sum: neither cancels when p_y -> 1. The error is left a factor per row away from
@@ -13,81 +13,106 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objectives import Objective, TokenStatistics
+from .projection import LogitsTransform
 from .shard import VocabularyShard
+from .sums import StatisticsRequest, Sums, statistics_dtype
+
+# Rows folded at a time on a CPU: their logits stay in its cache from one operation to the next.
+CPU_ROWS = 64
+# Bytes of float32 logits that a top-k entropy is taken of at a time.
+TOP_K_BYTES = 32 * 2**20
 
 
-@dataclass(frozen=True)
-class StatisticsRequest:
-    """Which statistics to compute beside log p_y and the argmax hit."""
+def fold_(
+    logits: Tensor,
+    bias: Tensor | None,
+    transform: LogitsTransform,
+    targets: Tensor,
+    request: StatisticsRequest,
+    sums: Tensor,
+    write_error: bool = True,
+    shard: VocabularyShard | None = None,
+    limit_error: bool = False,
+) -> None:
+    """Overwrite raw logits with the error p - e_y up to a factor per row, and fill in the rows' sums.
 
-    collision: bool = False
-    entropy: bool = False
-    top_k: int | None = None
-
-    @classmethod
-    def of(cls, objective: Objective, with_entropy: bool = False) -> StatisticsRequest:
-        """What `objective` needs, and the entropy where the caller wants it for its log."""
-        return cls(
-            collision="collision" in objective.needs,
-            entropy=with_entropy or "entropy" in objective.needs,
-            top_k=objective.top_k,
+    Args:
+        logits: (n, V), float32 or float64, before bias, scale and softcap; destroyed. -inf entries have p = 0.
+        bias: (V,) or None.
+        transform: what follows the projection.
+        targets: (n,), int64, in [0, V).
+        request: optional statistics to compute.
+        sums: (6, n), see `Sums`; overwritten.
+        write_error: False leaves anything in the logits, for an evaluation.
+        shard: which columns of the vocabulary the logits are; None for all. Collective over its group.
+        limit_error: keep the error in the range of float16.
+    """
+    sliced = logits.device.type == "cpu" and shard is None
+    step = CPU_ROWS if sliced else max(logits.size(0), 1)
+    for start in range(0, logits.size(0), step):
+        rows = slice(start, start + step)
+        _fold_rows_(
+            logits[rows],
+            bias,
+            transform,
+            targets[rows],
+            request,
+            Sums(*sums[:, rows]),
+            write_error,
+            shard,
+            limit_error,
         )
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def fold_logits_(
+def _fold_rows_(
     logits: Tensor,
+    bias: Tensor | None,
+    transform: LogitsTransform,
     targets: Tensor,
     request: StatisticsRequest,
-    shard: VocabularyShard | None = None,
-) -> tuple[Tensor, Tensor, TokenStatistics]:
-    """Overwrite `logits` with the error p - e_y up to a factor per row.
-
-    Args:
-        logits: (n, V), float32 or float64, contiguous; destroyed. -inf entries have p = 0. A row
-            with NaN or +inf, or with nothing but -inf, has NaN statistics.
-        targets: (n,), int64, in [0, V).
-        request: optional statistics to compute.
-        shard: which columns of the vocabulary the logits are; None for all. Collective over its group.
-
-    Returns:
-        The error (n, V), of magnitude up to V; the factor (n,) of its rows; the statistics.
-    """
+    sums: Sums,
+    write_error: bool,
+    shard: VocabularyShard | None,
+    limit_error: bool,
+) -> None:
     if logits.size(1) == 0:
-        # A rank without tokens takes part with one of probability 0.
-        padded = logits.new_full((logits.size(0), 1), -torch.inf)
-        _, row_factor, statistics = fold_logits_(padded, targets, request, shard)
-        return logits, row_factor, statistics
+        # A rank without columns takes part with one of probability 0.
+        logits, bias = logits.new_full((logits.size(0), 1), -torch.inf), None
+        transform, write_error = LogitsTransform(), False
+    if bias is not None:
+        logits.add_(bias)
+    derivative = transform.apply_(logits)
     target = _Entry.of(logits, targets, shard)
     largest_logit, target_logit = _max((logits.amax(1), target.read(logits, -torch.inf)), shard)
-    top_k = _top_k_entropy(logits, request.top_k, shard) if request.top_k else None
+    offset = target_logit - largest_logit
 
-    weights = logits.sub_(largest_logit.unsqueeze(1)).exp_()  # At most 1.
-    parts = [_sum_of_squares(weights)] if request.collision else []
-    parts += [torch.special.entr(weights).sum(1)] if request.entropy else []
-    target.write(weights, torch.zeros_like(target_logit))
-    others, *parts = _sum((weights.sum(1), *parts), shard)
-    target.write(weights, -others)
-
-    relative_logit = target_logit - largest_logit
-    total = others + relative_logit.exp()
-    missed = others / total
-    statistics = TokenStatistics(
-        log_p=torch.where(missed < 0.5, torch.log1p(-missed), relative_logit - total.log()),
-        vocab_size=logits.size(1) if shard is None else shard.vocab_size,
-        # Without the maximum's NaN, which a reduction may have lost.
-        is_top1=(target_logit >= largest_logit) & ~total.isnan(),
-        collision=parts.pop(0) / total.square() if request.collision else None,
-        # Two terms >= 0, so that nothing cancels.
-        entropy=total.log() + parts.pop(0) / total if request.entropy else None,
-        top_k_entropy=top_k,
-    )
-    return weights, total.reciprocal(), statistics
+    difference = logits.sub_(largest_logit.unsqueeze(1))
+    if request.entropy:
+        # A finite number in place of -inf, which times a power of 0 would be NaN.
+        difference = difference.clamp(min=-1e4)
+    power = logits.exp_()  # At most 1.
+    target.write(power, torch.zeros_like(offset))
+    parts = [power.sum(1)]
+    parts += [_sum_of_squares(power)] if request.collision else []
+    parts += [difference.mul_(power).sum(1)] if request.entropy else []
+    others, *parts = _sum(parts, shard)
+    if request.collision:
+        sums.squares.copy_(parts.pop(0))
+    if request.entropy:
+        sums.weighted.copy_(parts.pop(0))
+    total = others + offset.exp()
+    row_factor = total.reciprocal()
+    sums.offset.copy_(offset)
+    sums.is_top1.copy_(target_logit >= largest_logit)
+    sums.others.copy_(others)
+    if write_error:
+        target.write(power, -others)
+        if derivative is not None:
+            power.mul_(derivative)
+        if limit_error:
+            power.mul_(row_factor.unsqueeze(1))
+            row_factor = torch.ones_like(row_factor)
+    sums.row_factor.copy_(row_factor)
 
 
 @dataclass(frozen=True)
@@ -145,24 +170,34 @@ def _sum_of_squares(tile: Tensor, block: int = 1024) -> Tensor:
     return blocks.square().sum(1) + rest.square()
 
 
-def top_k_entropy(logits: Tensor, k: int) -> Tensor:
-    """Entropy in nats of each row's k largest probabilities, renormalised."""
-    largest = logits.topk(min(k, logits.size(1)), dim=1).values
+def top_k_entropy(
+    logits: Tensor,
+    bias: Tensor | None,
+    transform: LogitsTransform,
+    k: int,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
+    """(n,) entropies in nats of each row's k largest probabilities, renormalised.
+
+    Args:
+        logits: (n, V), any floating dtype, before bias, scale and softcap; left as they are.
+        bias, transform: what follows the projection.
+        k: how many; all where the vocabulary is smaller.
+        shard: which columns the logits are; the k largest are among each rank's k largest.
+    """
+    dtype = statistics_dtype(logits.dtype)
+    rows = max(TOP_K_BYTES // (4 * max(logits.size(1), 1)), 1)
+    parts = []
+    for part in logits.split(rows):
+        # A copy, since the transform is in place.
+        values = part.to(dtype, copy=True) if bias is None else part.to(dtype) + bias
+        transform.apply_(values)
+        parts.append(values.topk(min(k, values.size(1)), dim=1).values)
+    largest = torch.cat(parts)
+    if shard is not None:
+        missing = min(k, shard.largest_size) - largest.size(1)
+        largest = torch.nn.functional.pad(largest, (0, missing), value=-torch.inf)
+        # Ranks have as many rows, so that this is the one collective.
+        largest = shard.gather(largest)
+        largest = largest.topk(min(k, largest.size(1)), dim=1).values
     return torch.special.entr(torch.softmax(largest, dim=1)).sum(1)
-
-
-def _top_k_entropy(logits: Tensor, k: int, shard: VocabularyShard | None) -> Tensor:
-    """`top_k_entropy` of the whole vocabulary: the k largest are among each rank's k largest."""
-    if shard is None:
-        return top_k_entropy(logits, k)
-    largest = logits.topk(min(k, logits.size(1)), dim=1).values
-    missing = min(k, shard.largest_size) - largest.size(1)
-    largest = torch.nn.functional.pad(largest, (0, missing), value=-torch.inf)
-    return top_k_entropy(shard.gather(largest), k)
-
-
-def concatenate(tiles: list[TokenStatistics]) -> TokenStatistics:
-    """Statistics of all tiles, in order."""
-    parts = zip(*(tile.tensors() for tile in tiles), strict=True)
-    joined = [None if part[0] is None else torch.cat(part) for part in parts]
-    return TokenStatistics.of_tensors(tiles[0].vocab_size, *joined)

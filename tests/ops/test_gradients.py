@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deft_plugin.ops import chunked
+from deft_plugin.ops import tiles
 
 from .cases import (
     FUSED_PATHS,
@@ -142,9 +142,9 @@ def _assert_call_equals_the_formula(path: str, call: dict[str, Any]) -> None:
 
     actual = gradients(combined(result.loss, result.token_loss), case)
     expected = gradients(combined(expected_loss, expected_tokens), exact)
-    tolerance = 1e-10 if call["dtype"] == torch.float64 else 1e-4
+    tolerance = 1e-10 if call["dtype"] == torch.float64 else 2e-4
     # Where all tokens are nearly certain, the formula itself has lost digits.
-    smallest = 1e-3
+    smallest = 1e-3 if call["dtype"] == torch.float64 else 1e-2
     assert relative_error(result.token_loss, expected_tokens, smallest) < tolerance
     assert relative_error(result.loss, expected_loss, smallest) < tolerance
     assert [gradient.dtype for gradient in actual] == [leaf.dtype for leaf in case.leaves()]
@@ -171,9 +171,9 @@ def test_the_size_of_tiles_changes_nothing(
 def test_the_size_of_tiles_of_given_logits_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, tile_rows: int, masked_share: float, name: str
 ) -> None:
-    for budget in ("CPU_TILE_BYTES", "FROZEN_TILE_BYTES", "TRAINABLE_TILE_BYTES"):
-        monkeypatch.setattr(chunked, budget, 0)
-    monkeypatch.setattr(chunked, "SMALLEST_TILE_ROWS", tile_rows)
+    for budget in ("CPU_TILE_BYTES", "GPU_TILE_BYTES"):
+        monkeypatch.setattr(tiles, budget, 0)
+    monkeypatch.setattr(tiles, "SMALLEST_TILE_ROWS", tile_rows)
     case = random_case(9, 30, masked_share=masked_share)
     expected = formula(case, name, {}).sum() / (case.targets != -100).sum()
     result = gated("logits", case, name)

@@ -108,7 +108,8 @@ def test_every_token_has_an_accurate_float32_gradient_however_sure_the_model_is(
     sizes = expected.abs().amax(1)
     assert (sizes < 1e-8).any(), "some of the tokens should be all but certain"
     for row in (sizes > 1e-30).nonzero().flatten():
-        assert relative_error(actual[row], expected[row]) < 1e-5
+        # Exponentials of a GPU have three bits less.
+        assert relative_error(actual[row], expected[row]) < (1e-5 if DEVICE.type == "cpu" else 3e-5)
 
 
 @pytest.mark.parametrize("path", FUSED_PATHS)

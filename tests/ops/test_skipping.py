@@ -8,7 +8,7 @@ import torch
 from deft_plugin import linear_gated_loss
 from deft_plugin.ops.output import gradient_bound
 
-from .cases import TILED_PATHS, Case, gated, gradients, largest_error, random_case
+from .cases import DEVICE, TILED_PATHS, Case, gated, gradients, largest_error, random_case
 
 
 def half_settled(trainable: list[str]) -> Case:
@@ -56,8 +56,10 @@ def test_nan_is_not_skipped(path: str) -> None:
 
 @pytest.mark.parametrize("path", TILED_PATHS)
 def test_a_batch_in_which_every_token_is_settled_is_kept(path: str) -> None:
-    hidden = (300 * torch.eye(8)).requires_grad_()
-    result = linear_gated_loss(hidden, torch.eye(8), torch.arange(8), path=path, skip_below=0.5)  # type: ignore[arg-type]
+    weight = torch.eye(8, device=DEVICE)
+    targets = torch.arange(8, device=DEVICE)
+    hidden = (300 * weight).requires_grad_()
+    result = linear_gated_loss(hidden, weight, targets, path=path, skip_below=0.5)  # type: ignore[arg-type]
     assert result.skipped is not None
     assert not result.skipped.any()
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from deft_plugin import linear_gated_loss
-from deft_plugin.ops import availability
-from deft_plugin.ops.softmax import StatisticsRequest
+from deft_plugin.ops import availability, tiles
+from deft_plugin.ops.sums import StatisticsRequest, empty_sums
 
 from .cases import (
     DEVICE,
@@ -94,10 +94,12 @@ def test_an_evaluation_writes_no_error() -> None:
     from deft_plugin.ops.projection import LogitsTransform
     from deft_plugin.ops.triton_fold import triton_fold_
 
-    logits = torch.randn(3, 50, device=DEVICE)
+    logits = torch.randn(3, 64, device=DEVICE)
     before = logits.clone()
     targets = torch.tensor([0, 7, 49], device=DEVICE)
-    triton_fold_(logits, None, LogitsTransform(), targets, StatisticsRequest(), write_error=False)
+    sums = empty_sums(3, logits.dtype, DEVICE)
+    transform, request = LogitsTransform(), StatisticsRequest()
+    triton_fold_(logits, 50, None, transform, targets, request, sums, write_error=False)
     assert torch.equal(logits, before)
 
 
@@ -179,5 +181,9 @@ class TestOnAGPU:
         extra = torch.cuda.max_memory_allocated() - before
         allowed = hidden.numel() * 2 + 100 * 2**20
         # The weight's gradient in float32 beside its last conversion to bfloat16.
-        allowed += 256 * 2**20 if frozen else 2**30 + weight.numel() * (4 + 2)
+        allowed += (
+            tiles.FROZEN_TILE_ROWS * vocab_size * 2
+            if frozen
+            else tiles.GPU_TILE_BYTES + weight.numel() * (4 + 2)
+        )
         assert extra <= allowed

@@ -1,0 +1,190 @@
+"""Tiles of logits: how many rows they have, and their projection and folding in one buffer, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..objectives import Objective, TokenStatistics
+from .products import add_product_, project_
+from .projection import LogitsTransform, Operands
+from .shard import VocabularyShard
+from .softmax import fold_, top_k_entropy
+from .sums import StatisticsRequest, empty_sums, statistics_dtype, statistics_of_sums
+
+# Bytes of logits held at once. A product pays for reading the weight once a tile, and a trainable head also for reading
+# and writing the whole weight's gradient.
+CPU_TILE_BYTES = 64 * 2**20
+GPU_TILE_BYTES = 2**30
+# With a frozen head more rows were hardly faster on a H100, and fewer took up to 8 % more time.
+FROZEN_TILE_ROWS = 2048
+SMALLEST_TILE_ROWS = 16
+TILE_ROWS_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Head:
+    """The constant half of a call: everything but the tensors that have gradients.
+
+    Args:
+        objective, transform, request: what to compute.
+        targets: (n,) int64.
+        rows: (n,) int64 rows of `hidden` that the targets belong to; None for all of them.
+        product_dtype: dtype of the matrix products (the autocast dtype under autocast).
+        tile_rows: number of tokens per tile.
+        use_triton: whether Triton's kernel folds the tiles.
+        skip_below: a token whose gradient is bounded by less than this share of its tile's mean earns no
+            product; 0 for none.
+        shard: which part of the vocabulary the weight is; None for all of it.
+    """
+
+    objective: Objective
+    transform: LogitsTransform
+    request: StatisticsRequest
+    targets: Tensor
+    rows: Tensor | None
+    product_dtype: torch.dtype
+    tile_rows: int
+    use_triton: bool
+    skip_below: float = 0.0
+    shard: VocabularyShard | None = None
+
+    @property
+    def buffer_dtype(self) -> torch.dtype:
+        """Of a tile's logits."""
+        return buffer_dtype(self.product_dtype, self.use_triton)
+
+    def positions(self) -> Iterator[slice]:
+        """Of each tile among the valid tokens; one, if empty, at least."""
+        count = self.targets.numel()
+        for start in range(0, max(count, 1), self.tile_rows):
+            yield slice(start, min(start + self.tile_rows, count))
+
+    def rows_of(self, positions: slice) -> Tensor | slice:
+        """Which rows of `hidden` the tokens at these positions are."""
+        return positions if self.rows is None else self.rows[positions]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile after folding; the next one overwrites its error.
+
+    Args:
+        positions: where its tokens are among the valid ones.
+        error: (n, V), p - e_y times the softcap's derivative, up to the sums' `row_factor`.
+        row_factor: (n,).
+    """
+
+    positions: slice
+    error: Tensor
+    row_factor: Tensor
+
+
+class FoldedTiles:
+    """The tiles of a call, and what is known of their tokens once they are folded.
+
+    Args:
+        operands: with weights in the products' dtype.
+        head: the rest of the call.
+    """
+
+    def __init__(self, operands: Operands, head: Head) -> None:
+        self.operands, self.head = operands, head
+        count = head.targets.numel()
+        self.sums = empty_sums(count, head.buffer_dtype, operands.weight.device)
+        self.top_k = self.sums.new_empty(count) if head.request.top_k else None
+
+    def __call__(self, form_error: bool) -> Iterator[Tile]:
+        """Project and fold one tile after the other.
+
+        Args:
+            form_error: whether the tiles' errors are wanted beside their statistics.
+        """
+        head, bias = self.head, self.operands.bias
+        vocab_size = self.operands.weight.size(0)
+        row_size = vocab_size
+        if head.use_triton:
+            from .triton_fold import padded_vocab_size
+
+            row_size = padded_vocab_size(vocab_size)
+            if bias is not None:
+                bias = torch.nn.functional.pad(bias, (0, row_size - vocab_size)).contiguous()
+        buffer = torch.empty(
+            min(head.tile_rows, head.targets.numel()),
+            row_size,
+            dtype=head.buffer_dtype,
+            device=self.operands.weight.device,
+        )
+        for positions in head.positions():
+            rows = buffer[: positions.stop - positions.start]
+            self._project(positions, rows[:, :vocab_size])
+            self._fold(positions, rows, bias, form_error)
+            yield Tile(positions, rows[:, :vocab_size], self.sums[-1, positions])
+
+    def statistics(self, positions: slice = slice(None)) -> TokenStatistics:
+        """Of the tokens at these positions, which have been folded."""
+        shard = self.head.shard
+        return statistics_of_sums(
+            self.sums[:, positions],
+            self.operands.weight.size(0) if shard is None else shard.vocab_size,
+            self.head.request,
+            None if self.top_k is None else self.top_k[positions],
+        )
+
+    def _project(self, positions: slice, logits: Tensor) -> None:
+        """Put hidden @ weight.T + low_rank_hidden @ low_rank_weight.T into (n, V) logits."""
+        rows, dtype = self.head.rows_of(positions), self.head.product_dtype
+        (hidden, weight), *low_rank = self.operands.products()
+        if logits.dtype == dtype:
+            project_(logits, hidden[rows].to(dtype), weight)
+        else:
+            logits.copy_(hidden[rows].to(dtype) @ weight.t())
+        for hidden, weight in low_rank:
+            add_product_(logits, 1, hidden[rows].to(dtype), weight.t())
+
+    def _fold(self, positions: slice, rows: Tensor, bias: Tensor | None, form_error: bool) -> None:
+        head = self.head
+        transform, request, shard = head.transform, head.request, head.shard
+        targets, sums = head.targets[positions], self.sums[:, positions]
+        vocab_size = self.operands.weight.size(0)
+        if self.top_k is not None:
+            assert request.top_k is not None
+            self.top_k[positions] = top_k_entropy(
+                rows[:, :vocab_size], self.operands.bias, transform, request.top_k, shard
+            )
+        if head.use_triton:
+            from .triton_fold import triton_fold_
+
+            triton_fold_(rows, vocab_size, bias, transform, targets, request, sums, form_error)
+            return
+        limit_error = head.product_dtype == torch.float16
+        fold_(rows, bias, transform, targets, request, sums, form_error, shard, limit_error)
+
+
+def buffer_dtype(product_dtype: torch.dtype, use_triton: bool) -> torch.dtype:
+    """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
+    return product_dtype if use_triton else statistics_dtype(product_dtype)
+
+
+def default_tile_rows(
+    count: int, vocab_size: int, dtype: torch.dtype, device: torch.device, trainable: bool = False
+) -> int:
+    """Tokens per tile of `count` tokens, in as few tiles as fit the device's buffer, all of about equal size.
+
+    Args:
+        dtype: of the buffer's logits.
+        trainable: whether the lm_head's gradient is wanted.
+    """
+    on_cpu = device.type == "cpu"
+    tile_bytes = CPU_TILE_BYTES if on_cpu else GPU_TILE_BYTES
+    most_rows = max(tile_bytes // (max(vocab_size, 1) * dtype.itemsize), SMALLEST_TILE_ROWS)
+    if not (on_cpu or trainable):
+        most_rows = min(most_rows, FROZEN_TILE_ROWS)
+    tiles = max(-(-count // most_rows), 1)
+    rows = max(-(-count // tiles), 1)
+    if rows > TILE_ROWS_MULTIPLE:
+        rows = min(-(-rows // TILE_ROWS_MULTIPLE) * TILE_ROWS_MULTIPLE, most_rows)
+    return rows
