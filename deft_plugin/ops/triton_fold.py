@@ -242,17 +242,21 @@ def launch_options(
     transform: LogitsTransform,
     request: StatisticsRequest,
     write_error: bool,
+    rocm: bool = bool(torch.version.hip),
 ) -> dict[str, Any]:
-    """The kernel's compile-time constants and its number of warps."""
+    """The kernel's compile-time constants and its number of warps, of 32 threads or, on ROCm, 64."""
     if dtype == torch.float64:
         block = DOUBLE_BLOCK
     elif vocab_size < LONG_ROW or not write_error:
         block = SHORT_BLOCK
-    elif has_bias or transform.softcap is not None or dtype.itemsize > 2:
+    elif rocm or has_bias or transform.softcap is not None or dtype.itemsize > 2:
         block = WRITING_BLOCK
     else:
         block = LONG_ROW_BLOCK
     block = min(block, max(triton.next_power_of_2(vocab_size), 128))
+    # Four bytes and a softcap together are more than a thread's registers hold of as many columns.
+    heavy = dtype == torch.float32 and transform.softcap is not None
+    elements = ELEMENTS_PER_WARP // 2 if heavy else ELEMENTS_PER_WARP
     if transform.softcap is not None:
         factor = transform.softcap * LOG2_E.value
         inner_factor = 2 * LOG2_E.value * transform.scale / transform.softcap
@@ -272,7 +276,7 @@ def launch_options(
         "COLLISION": request.collision,
         "ENTROPY": request.entropy,
         "WRITE_ERROR": write_error,
-        "num_warps": max(4, min(_most_warps(), block // ELEMENTS_PER_WARP)),
+        "num_warps": max(4, min(16 if rocm else 32, block // elements)),
     }
 
 
@@ -282,8 +286,3 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
     return context
-
-
-def _most_warps() -> int:
-    """1024 threads: 32 warps, or 16 wavefronts of 64 on ROCm."""
-    return 16 if torch.version.hip else 32

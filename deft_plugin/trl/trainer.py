@@ -369,11 +369,11 @@ class SFTTrainer(trl.SFTTrainer):
 
     Raises:
         ValueError: before data is prepared, for an unknown loss_type or parameter, label smoothing, a
-            compute_loss_func, Liger's cross-entropy, an adapter on lm_head, a multi-modal model, an
-            objective that couples the tokens of parts of sequences, a path that cannot run; after it, for a
-            model that cannot have a gated head (see `deft_plugin.add_gated_head`) or has NaN weights, for
-            data that cannot be trained on (see `deft_plugin.checks.check_data`), and for several GPUs in one
-            process.
+            compute_loss_func, an adapter on lm_head that is neither LoRA nor trainable tokens (DoRA, for one), a
+            subclass with a loss of its own on logits, an objective that couples the tokens of parts of sequences, a
+            path that cannot run, a metric_for_best_model that TRL's own losses do not log; after it, for a model that
+            cannot have a gated head (see `deft_plugin.add_gated_head`) or has NaN weights, for data that cannot
+            be trained on (see `deft_plugin.checks.check_data`), and for several GPUs in one process.
     """
 
 

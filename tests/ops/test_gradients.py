@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deft_plugin.ops import tiles
+from deft_plugin.ops import products, tiles
 
 from .cases import (
     FUSED_PATHS,
@@ -334,3 +334,32 @@ def test_only_what_requires_a_gradient_gets_one(path: str, trainable: list[str])
         result.loss.backward()
     for name in ("hidden", "weight", "bias"):
         assert (getattr(case, name).grad is not None) == (name in trainable)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("trainable", [["hidden"], ["hidden", "weight", "bias"]])
+def test_products_of_parts_of_the_vocabulary_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, path: str, trainable: list[str]
+) -> None:
+    """As on a GPU, where a vocabulary is no multiple of 8."""
+    case = random_case(9, 131, masked_share=0.2, bias=True, trainable=trainable)
+    whole = gated(path, case, "deft", tile_rows=4)
+    expected = gradients(whole.loss, case)
+    parts = [slice(0, 128), slice(128, 131)]
+    monkeypatch.setattr(
+        products, "vocabulary_parts", lambda weight: [part for part in parts if weight.size(0)]
+    )
+    result = gated(path, case, "deft", tile_rows=4)
+    assert relative_error(result.token_loss, whole.token_loss) < 1e-12
+    assert largest_error(gradients(result.loss, case), expected) < 1e-12
+
+
+def test_the_vocabulary_is_split_on_an_accelerator_where_it_is_no_multiple_of_8() -> None:
+    def parts(vocab_size: int, device: str) -> list[slice]:
+        return products.vocabulary_parts(torch.empty(vocab_size, 4, device=device))
+
+    assert parts(128_257, "meta") == [slice(0, 128_256), slice(128_256, 128_257)]
+    assert parts(50_257, "meta") == [slice(0, 50_240), slice(50_240, 50_257)]
+    assert parts(32_008, "meta") == [slice(0, 32_008)]
+    assert parts(7, "meta") == [slice(0, 7)]
+    assert parts(128_257, "cpu") == [slice(0, 128_257)]

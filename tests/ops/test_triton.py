@@ -6,6 +6,7 @@ it runs in Triton's interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from deft_plugin import linear_gated_loss
 from deft_plugin.ops import availability, tiles
+from deft_plugin.ops.projection import LogitsTransform
 from deft_plugin.ops.sums import StatisticsRequest, empty_sums
 
 from .cases import (
@@ -91,7 +93,6 @@ def test_a_row_longer_than_the_kernels_block_is_folded_whole(vocab_size: int) ->
 
 @runs
 def test_an_evaluation_writes_no_error() -> None:
-    from deft_plugin.ops.projection import LogitsTransform
     from deft_plugin.ops.triton_fold import triton_fold_
 
     logits = torch.randn(3, 64, device=DEVICE)
@@ -101,6 +102,35 @@ def test_an_evaluation_writes_no_error() -> None:
     transform, request = LogitsTransform(), StatisticsRequest()
     triton_fold_(logits, 50, None, transform, targets, request, sums, write_error=False)
     assert torch.equal(logits, before)
+
+
+@runs
+def test_the_kernel_is_launched_with_the_logits_device_as_the_current_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from deft_plugin.ops import triton_fold
+
+    current: list[torch.device] = []
+    launched: list[Any] = []
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Any:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: launched.append((grid, list(current)))
+
+    monkeypatch.setattr(triton_fold, "_current", entered)
+    monkeypatch.setattr(triton_fold, "_fold_kernel", Kernel())
+    logits = torch.zeros(3, 64, device=DEVICE)
+    targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    sums = empty_sums(3, logits.dtype, DEVICE)
+    transform, request = LogitsTransform(), StatisticsRequest()
+    triton_fold.triton_fold_(logits, 50, None, transform, targets, request, sums)
+    assert launched == [((3,), [logits.device])]
 
 
 def test_a_cpu_takes_the_chunked_path_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,51 @@
+"""The kernel compiles for GPUs that are not here, without spilling, and its loops are as lean as they were made.
+
+`python -m tests.ops.ahead_of_time` does the same with every combination and prints a table.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from .ahead_of_time import CUDA, ROCM, cases, compiled_elsewhere
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+
+
+def most_instructions(case: dict[str, Any]) -> float:
+    """Of an element in both loops, a little above what the compiler reaches."""
+    most = 18.5 if case["statistics"] != "all" else 21.5
+    most += 1.5 * (case["vocab_size"] % 16 != 0) + 8.0 * case["has_bias"]
+    most += 26.0 * (case["softcap"] is not None)
+    return most
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_it_compiles_for_nvidia(target: str) -> None:
+    jobs = [(case, target) for case in cases()]
+    for (case, _), report in zip(jobs, compiled_elsewhere(jobs), strict=True):
+        if case["dtype"] == "float64":
+            continue  # Right, and slow.
+        assert report["spilled"] == 0, case
+        loops = report["loops"]
+        assert len(loops) == 1 + case["write_error"], case
+        for loop in loops:
+            memory = [name for name in loop if re.match(r"LDG|STG|LDL|STL", name)]
+            assert memory, case
+            assert all("128" in name for name in memory), (case, memory)
+            assert not any(name.startswith("BAR") for name in loop), case
+        instructions = sum(sum(loop.values()) for loop in loops) / report["elements"]
+        assert instructions <= most_instructions(case), case
+
+
+@pytest.mark.parametrize("target", ROCM)
+def test_it_compiles_for_amd(target: str) -> None:
+    jobs = [(case, target) for case in cases()]
+    for (case, _), report in zip(jobs, compiled_elsewhere(jobs), strict=True):
+        assert "global_load_dwordx4" in report["assembly"], case
+        if case["dtype"] != "float64":
+            assert report["spilled"] == 0, case
