@@ -75,7 +75,7 @@ def linear_gated_loss(
         path: "triton" (a GPU, or TRITON_INTERPRET=1), "chunked" (PyTorch, any device), "reference" (full
             logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked.
         tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
-            64 MiB on a CPU and 1 GiB elsewhere, of at most 2,048 tokens where the weight is frozen.
+            64 MiB on a CPU and 1 GiB elsewhere, of at most 1,024 tokens where the weight is frozen.
         skip_below: leave tokens out of the gradients' products whose gradient is bounded by less than this
             share of the mean over their tile, and say which in the result's `skipped`; 2**-12 loses
             less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure

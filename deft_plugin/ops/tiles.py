@@ -19,8 +19,8 @@ from .sums import StatisticsRequest, empty_sums, statistics_dtype, statistics_of
 # and writing the whole weight's gradient.
 CPU_TILE_BYTES = 64 * 2**20
 GPU_TILE_BYTES = 2**30
-# With a frozen head more rows were hardly faster on a H100, and fewer took up to 8 % more time.
-FROZEN_TILE_ROWS = 2048
+# With a frozen head more rows are 1 to 7 % faster on a H100, and as many times larger in memory.
+FROZEN_TILE_ROWS = 1024
 SMALLEST_TILE_ROWS = 16
 TILE_ROWS_MULTIPLE = 128
 
