@@ -99,6 +99,7 @@ class OwnForward:
     def __init__(self) -> None:
         self.measured = Measurement()
         self._states: dict[tuple[Any, ...], Measurement] = {}
+        self._state: tuple[Any, ...] = ()
         self._places: list[str] = []
         self._stand_in = _StandIn()
         self._loss = _Loss()
@@ -140,7 +141,8 @@ class OwnForward:
         known = self._states.get(state)
         if known is None:
             self._places = _places_of(model, layer)
-            self.measured = Measurement()
+            # What its own loss does besides is no matter of state.
+            self.measured = replace(self.measured, takes_labels=True)
         else:
             self.measured = known
         arguments = {**arguments, **_options_of(forward)}
@@ -156,6 +158,7 @@ class OwnForward:
             result = run(shape)
         if len(self._states) >= _MOST_STATES:
             self._states.clear()
+        self._state = state
         self._states[state] = self.measured
         return result
 
@@ -195,10 +198,7 @@ class OwnForward:
         self.measured = replace(
             self.measured, drops_masked_labels=drops, auxiliary_coefficient=coefficient
         )
-        self._states = {
-            state: self.measured if measured.takes_labels is False else measured
-            for state, measured in self._states.items()
-        }
+        self._states[self._state] = self.measured
 
 
 class _Run:

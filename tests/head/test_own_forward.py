@@ -348,6 +348,10 @@ class WarmerInTraining(Odd):
         return logits / 2 if self.training else logits
 
 
+class WarmerInTrainingWithALossOfItsOwn(WarmerInTraining, DropsMaskedLabels):
+    pass
+
+
 class AlmostOne(Odd):
     def change(self, logits: Tensor) -> Tensor:
         return 1.004 * logits
@@ -361,6 +365,7 @@ class AlmostOne(Odd):
         DropsMaskedLabels,
         AddsAnotherCoefficient,
         WarmerInTraining,
+        WarmerInTrainingWithALossOfItsOwn,
         AlmostOne,
     ],
 )
