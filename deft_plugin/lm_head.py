@@ -238,7 +238,11 @@ def _check_hooks(inner: Any, rows: Tensor) -> None:
     """Refuse hooks that change what goes into the layer or comes out of it; others may look on."""
     hooks = [*inner._forward_pre_hooks.values(), *inner._forward_hooks.values()]
     # FSDP's, ZeRO-3's and tensor parallelism's are none of these.
-    if not hooks or _has_gathering_hooks(inner) or isinstance(inner.weight, DTensor):
+    if (
+        not hooks
+        or _has_gathering_hooks(inner)
+        or isinstance(getattr(inner, "weight", None), DTensor)
+    ):
         return
     with in_mode(inner, training=False):
         rows = rows.to(lm_head_device(inner))
