@@ -101,6 +101,7 @@ class OwnForward:
         self._states: dict[tuple[Any, ...], Measurement] = {}
         self._state: tuple[Any, ...] = ()
         self._places: list[str] = []
+        self._options: dict[str, Any] = {}
         self._stand_in = _StandIn()
         self._loss = _Loss()
 
@@ -141,11 +142,12 @@ class OwnForward:
         known = self._states.get(state)
         if known is None:
             self._places = _places_of(model, layer)
+            self._options = _options_of(forward)
             # What its own loss does besides is no matter of state.
             self.measured = replace(self.measured, takes_labels=True)
         else:
             self.measured = known
-        arguments = {**arguments, **_options_of(forward)}
+        arguments = {**arguments, **self._options}
         # Of the batch's size where that is small; a forward's own loss wants one that fits its labels.
         shape = tuple(labels.given.shape)
         small = shape if labels.given.numel() <= 4 * PROBE_SHAPE[0] * PROBE_SHAPE[1] else (1, 4)
@@ -178,11 +180,7 @@ class OwnForward:
         """
         if self.measured.takes_labels:
             return
-        arguments = {"input_ids": ids, "labels": labels, **_options_of(forward)}
-        masks = [torch.ones_like(ids)]
-        masks[0][:, -1] = 0
-        if not _accepts(forward, "attention_mask"):
-            masks = []
+        arguments = {"input_ids": ids, "labels": labels, **self._options}
         layer = lm_head_of(model)
         probe = probe_of(tuple(ids.shape), lm_head_width(layer), lm_head_device(layer))
         self._stand_in.begin(layer, probe.detach().clamp(-1, 1), False)
@@ -192,7 +190,9 @@ class OwnForward:
                 model, output.loss, cross_entropy(output.logits, labels), output
             )
             drops = False
-            for mask in masks:
+            if _accepts(forward, "attention_mask"):
+                mask = torch.ones_like(ids)
+                mask[:, -1] = 0
                 output = forward(**arguments, attention_mask=mask)
                 drops = drops_masked_labels(model, output, labels, mask, coefficient)
         self.measured = replace(
@@ -281,8 +281,7 @@ class _Run:
                 check_loss(model, output.loss, self.gated.loss, output, probe)
             total: Tensor = output.loss
             return total
-        measured = self.own.measured
-        if measured.takes_labels and self.measuring:
+        if self.own.measured.takes_labels and self.measuring:
             counted = cross_entropy(logits, self.labels.given)
             check_loss(model, output.loss, counted, output, probe)
         self._forget_labels()
