@@ -43,8 +43,7 @@ def chunked_token_loss(
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
     )
     total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(head, wanted, *operands)
-    vocab_size = operands.weight.size(0) if head.shard is None else head.shard.vocab_size
-    return total, losses, TokenStatistics.of_tensors(vocab_size, *values), gate, skipped
+    return total, losses, TokenStatistics.of_tensors(head.vocab_size, *values), gate, skipped
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):

@@ -130,6 +130,7 @@ def linear_gated_loss(
             request=request,
             targets=valid.targets,
             rows=valid.rows,
+            vocab_size=vocab_size,
             product_dtype=dtype,
             tile_rows=tile_rows
             or default_tile_rows(

@@ -21,7 +21,7 @@ from .output import (
 from .projection import LogitsTransform
 from .softmax import fold_, top_k_entropy
 from .sums import StatisticsRequest, Sums, empty_sums, statistics_dtype, statistics_of_sums
-from .tiles import default_tile_rows
+from .tiles import default_tile_rows, tile_positions
 
 
 def gated_loss(
@@ -131,8 +131,7 @@ def _tiles(logits: Tensor, valid: ValidTargets) -> Iterator[tuple[slice, Tensor 
     count = valid.targets.numel()
     dtype = statistics_dtype(logits.dtype)
     tile_rows = default_tile_rows(count, logits.size(1), dtype, logits.device)
-    for start in range(0, max(count, 1), tile_rows):
-        positions = slice(start, min(start + tile_rows, count))
+    for positions in tile_positions(count, tile_rows):
         yield positions, positions if valid.rows is None else valid.rows[positions]
 
 

@@ -33,6 +33,7 @@ class Head:
         objective, transform, request: what to compute.
         targets: (n,) int64.
         rows: (n,) int64 rows of `hidden` that the targets belong to; None for all of them.
+        vocab_size: number of logits of a token, V, on all ranks together.
         product_dtype: dtype of the matrix products (the autocast dtype under autocast).
         tile_rows: number of tokens per tile.
         use_triton: whether Triton's kernel folds the tiles.
@@ -46,6 +47,7 @@ class Head:
     request: StatisticsRequest
     targets: Tensor
     rows: Tensor | None
+    vocab_size: int
     product_dtype: torch.dtype
     tile_rows: int
     use_triton: bool
@@ -56,12 +58,6 @@ class Head:
     def buffer_dtype(self) -> torch.dtype:
         """Of a tile's logits."""
         return buffer_dtype(self.product_dtype, self.use_triton)
-
-    def positions(self) -> Iterator[slice]:
-        """Of each tile among the valid tokens; one, if empty, at least."""
-        count = self.targets.numel()
-        for start in range(0, max(count, 1), self.tile_rows):
-            yield slice(start, min(start + self.tile_rows, count))
 
     def rows_of(self, positions: slice) -> Tensor | slice:
         """Which rows of `hidden` the tokens at these positions are."""
@@ -118,7 +114,7 @@ class FoldedTiles:
             dtype=head.buffer_dtype,
             device=self.operands.weight.device,
         )
-        for positions in head.positions():
+        for positions in tile_positions(head.targets.numel(), head.tile_rows):
             rows = buffer[: positions.stop - positions.start]
             self._project(positions, rows[:, :vocab_size])
             self._fold(positions, rows, bias, form_error)
@@ -126,10 +122,9 @@ class FoldedTiles:
 
     def statistics(self, positions: slice = slice(None)) -> TokenStatistics:
         """Of the tokens at these positions, which have been folded."""
-        shard = self.head.shard
         return statistics_of_sums(
             self.sums[:, positions],
-            self.operands.weight.size(0) if shard is None else shard.vocab_size,
+            self.head.vocab_size,
             self.head.request,
             None if self.top_k is None else self.top_k[positions],
         )
@@ -167,6 +162,12 @@ class FoldedTiles:
 def buffer_dtype(product_dtype: torch.dtype, use_triton: bool) -> torch.dtype:
     """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
     return product_dtype if use_triton else statistics_dtype(product_dtype)
+
+
+def tile_positions(count: int, tile_rows: int) -> Iterator[slice]:
+    """Where each tile is among `count` tokens; one tile, if empty, at least."""
+    for start in range(0, max(count, 1), tile_rows):
+        yield slice(start, min(start + tile_rows, count))
 
 
 def default_tile_rows(
