@@ -477,7 +477,7 @@ def standing_in(
     with ExitStack() as stack:
         for part in _around(model, places):
             stack.enter_context(attribute_of(part, "_loss_function", loss))
-        for config in {id(part): part for part in _configs_of(model)}.values():
+        for config in _configs_of(model):
             # Where it is False, most forwards fail on what their own backbone returns.
             stack.enter_context(attribute_of(config, "return_dict", True))
         for place in places:
@@ -504,7 +504,8 @@ def _state_of(model: PreTrainedModel, layer: Any) -> tuple[Any, ...]:
 
 
 def _configs_of(model: PreTrainedModel) -> list[Any]:
-    return [model.config, model.config.get_text_config()]
+    text = model.config.get_text_config()
+    return [model.config] if text is model.config else [model.config, text]
 
 
 def _modules_inside(layer: Any) -> list[Any]:
