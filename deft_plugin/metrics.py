@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .ops import GatedLoss
-from .ops.output import gradient_bound
 
 CLOSED_GATE = 0.1
 METRICS = {
@@ -24,8 +23,7 @@ METRICS = {
 }
 # Only with `skip_below`.
 SKIPPING_METRICS = {
-    "skipped_share": "share of tokens left out of the gradients",
-    "skipped_gradient_share": "their share of the gradients' sum of absolute values, at most",
+    "skipped_share": "share of the gradients' products, tokens times vocabulary, that was left out",
 }
 
 
@@ -61,7 +59,6 @@ class TokenMetrics:
         self._has_entropy = gated.entropy is not None
         self._has_skipping = gated.skipped is not None
         skipped = gated.log_p.new_zeros(1) if gated.skipped is None else gated.skipped
-        bound = gradient_bound(gated.log_p, gated.gate)
         mask = gated.mask
         absent = gated.log_p.new_zeros(1)
         sums = torch.stack(
@@ -78,8 +75,6 @@ class TokenMetrics:
                     gated.gate,
                     (gated.gate < CLOSED_GATE) & mask,
                     skipped,
-                    bound * skipped,
-                    bound,
                     ~gated.token_loss.isfinite(),
                     gated.mask.new_ones(1),
                     ~mask[:rows].any().reshape(1),
@@ -93,7 +88,7 @@ class TokenMetrics:
 
         Collective when torch.distributed is initialised: every rank has to call it.
         """
-        sums = torch.zeros(15, dtype=torch.float64) if self._sums is None else self._sums
+        sums = torch.zeros(13, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
@@ -109,7 +104,7 @@ class TokenMetrics:
             )
         if not count:
             return {}
-        loss, nll, entropy, top1, probability, focus, gate, closed, skipped, lost, bound = (
+        loss, nll, entropy, top1, probability, focus, gate, closed, skipped = (
             total / count for total in totals
         )
         means = {
@@ -124,12 +119,11 @@ class TokenMetrics:
             "mean_gate": gate,
             "closed_gate_share": closed,
             "skipped_share": skipped,
-            "skipped_gradient_share": lost / bound if bound else 0.0,
         }
         if not self._has_focus:
             del means["mean_focus"]
         if not self._has_entropy:
             del means["entropy"]
         if not self._has_skipping:
-            del means["skipped_share"], means["skipped_gradient_share"]
+            del means["skipped_share"]
         return means

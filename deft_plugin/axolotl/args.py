@@ -67,8 +67,8 @@ class DEFTSettings(BaseModel):
 
     skip_below: float = Field(
         default=0.0,
-        description="Tokens whose gradient is bounded by less than this share of the mean are left out of "
-        "the gradients' products, for example 0.000244 (2^-12). 0 leaves none out.",
+        description="Share of the gradient in the logits that the gradients' products may lose, for example "
+        "0.002 (2^-9), so that they take fewer vocabulary entries and tokens. 0 leaves none out.",
     )
 
     @model_validator(mode="after")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .output import gradient_bound
 from .products import add_outer_, project_back_
 from .projection import Operands
+from .skipping import Kept, row_masses, what_earns
 from .sums import statistics_dtype
 from .tiles import FoldedTiles, Head, Tile
-
-# Leaving rows out copies those that stay, about 7 % of the product that each of them has to pay for.
-SMALLEST_SKIPPED_SHARE = 1 / 8
 
 # Operands with a row per token: the gate comes into their gradients in the backward pass, as a factor per row.
 PER_TOKEN = frozenset({"hidden", "low_rank_hidden"})
@@ -31,7 +28,7 @@ class Gradients:
         self.operands = operands
         count = head.targets.numel()
         one_tile = count <= head.tile_rows
-        # Only rows that are left out are not overwritten.
+        # Without skipping, tiles overwrite all rows, and the first one the whole weight's gradient.
         new = torch.zeros if head.skip_below else torch.empty
 
         def buffer(name: str) -> Tensor | None:
@@ -44,16 +41,17 @@ class Gradients:
             dtype = statistics_dtype(head.product_dtype)
             if one_tile and operand.dtype == head.buffer_dtype:
                 dtype = operand.dtype
-            # The first tile overwrites it.
-            return torch.empty_like(operand, dtype=dtype)
+            return new(operand.shape, dtype=dtype, device=operand.device)
 
         self.hidden = buffer("hidden")
         self.weight = buffer("weight")
         self.bias = buffer("bias")
         self.low_rank_hidden = buffer("low_rank_hidden")
         self.low_rank_weight = buffer("low_rank_weight")
-        self._keep = 0
-        self.skipped = torch.zeros_like(head.targets, dtype=torch.bool) if head.skip_below else None
+        self._keep = 1 if head.skip_below else 0
+        self.skipped = (
+            torch.zeros_like(head.targets, dtype=torch.float32) if head.skip_below else None
+        )
         self.wanted = bool(wanted)
         self.need_gate = bool(wanted - PER_TOKEN)
 
@@ -66,55 +64,61 @@ class Gradients:
 
         Args:
             tile: the tile.
-            gate: (n,), needed for what has no row per token.
+            gate: (n,), needed for what has no row per token, and for skipping.
             tiles: where it is from.
         """
-        kept = None if gate is None else self._rows_that_earn(tile, gate, tiles)
-        self._add_per_token(tile, kept)
-        if gate is not None and self.need_gate:
-            self._add_per_weight(tile, gate * tile.row_factor * self.head.transform.scale, kept)
+        head, vocab_size = self.head, self.head.vocab_size
+        kept, scale = Kept(vocab_size), None
+        if gate is not None:
+            factor = gate * head.transform.scale
+            scale = factor * tile.row_factor
+        if self.skipped is not None:
+            assert scale is not None
+            bound = row_masses(tiles.statistics(tile.positions).log_p, factor)
+            targets = head.targets[tile.positions]
+            kept = what_earns(tile.error, scale, bound, targets, head.skip_below, head.shard)
+            self.skipped[tile.positions] = kept.skipped_share(scale.numel(), vocab_size)
+        error = kept.of_error(tile.error)
+        self._add_per_token(tile.positions, error, kept)
+        if self.need_gate:
+            assert scale is not None
+            self._add_per_weight(tile.positions, error, scale.unsqueeze(1), kept)
 
-    def _add_per_token(self, tile: Tile, kept: Tensor | None) -> None:
+    def _add_per_token(self, positions: slice, error: Tensor, kept: Kept) -> None:
         """Put error @ weight into the rows of hidden and low_rank_hidden."""
         gradients = (self.hidden, self.low_rank_hidden)
         if all(gradient is None for gradient in gradients):
             return
-        error = tile.error if kept is None else tile.error[kept]
         error = error.to(self.head.product_dtype)
         for (_, weight), gradient in zip(self.operands.products(), gradients, strict=False):
             if gradient is None:
                 continue
-            if kept is None:
-                project_back_(gradient[tile.positions], error, weight)
+            weight, rows = kept.of_columns(weight), gradient[positions]
+            if kept.rows is None:
+                project_back_(rows, error, weight)
             else:
                 product = gradient.new_empty(error.size(0), gradient.size(1))
                 project_back_(product, error, weight)
-                gradient[tile.positions].index_copy_(0, kept, product)
+                rows.index_copy_(0, kept.rows, product)
 
-    def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Tensor | None) -> None:
+    def _add_per_weight(self, positions: slice, error: Tensor, scale: Tensor, kept: Kept) -> None:
         """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
-        error, rows, scale = tile.error, self.head.rows_of(tile.positions), scale.unsqueeze(1)
-        if kept is not None:
-            error, scale = error[kept], scale[kept]
-            rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
-        gradients = (self.weight, self.low_rank_weight)
-        for (hidden, _), gradient in zip(self.operands.products(), gradients, strict=False):
+        rows, scale = self.head.rows_of(positions), kept.of_rows(scale)
+        for (hidden, _), gradient in zip(
+            self.operands.products(), (self.weight, self.low_rank_weight), strict=False
+        ):
             if gradient is not None:
-                scaled = (hidden[rows] * scale).to(error.dtype)
-                add_outer_(gradient, self._keep, error, scaled)
+                scaled = kept.of_rows(hidden[rows]) * scale
+                self._add_outer(gradient, error, scaled.to(error.dtype), kept)
         if self.bias is not None:
-            add_outer_(self.bias.unsqueeze(1), self._keep, error, scale.to(error.dtype))
+            self._add_outer(self.bias.unsqueeze(1), error, scale.to(error.dtype), kept)
         self._keep = 1
 
-    def _rows_that_earn(self, tile: Tile, gate: Tensor, tiles: FoldedTiles) -> Tensor | None:
-        """Rows of the tile whose gradient is worth a product; None for all. Synchronises with the host."""
-        if self.skipped is None:
-            return None
-        bound = gradient_bound(tiles.statistics(tile.positions).log_p, gate)
-        # Written so that NaN is kept.
-        skipped = bound < self.head.skip_below * bound.mean()
-        kept = (~skipped).nonzero().squeeze(1)
-        if kept.numel() > (1 - SMALLEST_SKIPPED_SHARE) * bound.numel():
-            return None
-        self.skipped[tile.positions] = skipped
-        return kept
+    def _add_outer(self, gradient: Tensor, error: Tensor, scaled: Tensor, kept: Kept) -> None:
+        """Add error.T @ scaled to the rows of the vocabulary entries that stay."""
+        if kept.columns is None:
+            add_outer_(gradient, self._keep, error, scaled)
+            return
+        product = gradient.new_empty(error.size(1), gradient.size(1))
+        add_outer_(product, 0, error, scaled)
+        gradient.index_add_(0, kept.columns, product)

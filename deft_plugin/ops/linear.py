@@ -76,11 +76,10 @@ def linear_gated_loss(
             logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked.
         tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
             64 MiB on a CPU and 1 GiB elsewhere, of at most 1,024 tokens where the weight is frozen.
-        skip_below: leave tokens out of the gradients' products whose gradient is bounded by less than this
-            share of the mean over their tile, and say which in the result's `skipped`; 2**-12 loses
-            less than bfloat16 rounds away. 0, the default, leaves none out. It pays where the model is sure
-            of many tokens; tiles with fewer than one in eight of them are computed whole. Not for path
-            "reference".
+        skip_below: the share of a tile's gradient in its logits, gates included and in the L1 norm, that the
+            gradients' products may lose: the vocabulary entries and tokens that hold the least are left out, up to
+            this share, and the result's `skipped` says how many. 0, the default, leaves none out. 2**-9 loses
+            less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for path "reference".
         shard: weight, bias and low_rank_weight are this rank's rows of an lm_head sharded over ranks (tensor
             parallelism), while hidden, low_rank_hidden and targets are the same on all of them. Collective, in the
             forward pass and, where upstream gradients differ between tokens, in the backward pass; loss
@@ -139,6 +138,7 @@ def linear_gated_loss(
                 buffer_dtype(dtype, use_triton),
                 hidden.device,
                 trainable,
+                skipping=skip_below > 0,
             ),
             use_triton=use_triton,
             skip_below=skip_below,

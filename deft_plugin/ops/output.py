@@ -27,7 +27,7 @@ class GatedLoss:
         focus: the exponent a; None for objectives outside the deformed-log family.
         entropy: Shannon entropy in nats; None unless asked for.
         is_top1: bool; whether the target has the largest logit.
-        skipped: bool; whether the token was left out of the gradients; None unless `skip_below` is set.
+        skipped: share of the token's entries, 0 to 1, that the gradients' products left out; None unless `skip_below` is set.
 
     All but `loss` and `token_loss` are detached. Dtype float32, or float64 for float64 input.
     """
@@ -41,11 +41,6 @@ class GatedLoss:
     entropy: Tensor | None
     is_top1: Tensor
     skipped: Tensor | None = None
-
-
-def gradient_bound(log_p: Tensor, gate: Tensor) -> Tensor:
-    """2 |g| (1 - p), the sum of absolute values of a token's gradient in its logits."""
-    return -2 * gate.abs() * torch.expm1(log_p)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _fold_rows_(
     if bias is not None:
         logits.add_(bias)
     derivative = transform.apply_(logits)
-    target = _Entry.of(logits, targets, shard)
+    target = TargetEntry.of(logits, targets, shard)
     largest_logit, target_logit = _max((logits.amax(1), target.read(logits, -torch.inf)), shard)
     offset = target_logit - largest_logit
 
@@ -116,7 +116,7 @@ def _fold_rows_(
 
 
 @dataclass(frozen=True)
-class _Entry:
+class TargetEntry:
     """The target's column of each row, where it is among this rank's columns.
 
     Args:
@@ -128,7 +128,7 @@ class _Entry:
     is_here: Tensor | None
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor, shard: VocabularyShard | None) -> _Entry:
+    def of(cls, logits: Tensor, targets: Tensor, shard: VocabularyShard | None) -> TargetEntry:
         if shard is None:
             return cls(targets.unsqueeze(1), None)
         columns = (targets - shard.first).unsqueeze(1)

@@ -19,6 +19,8 @@ from .sums import StatisticsRequest, empty_sums, statistics_dtype, statistics_of
 # and writing the whole weight's gradient.
 CPU_TILE_BYTES = 64 * 2**20
 GPU_TILE_BYTES = 2**30
+# Skipping copies a part of the weight once a tile.
+SKIPPING_CPU_TILE_BYTES = 128 * 2**20
 # With a frozen head more rows are 1 to 7 % faster on a H100, and as many times larger in memory.
 FROZEN_TILE_ROWS = 1024
 SMALLEST_TILE_ROWS = 16
@@ -37,8 +39,7 @@ class Head:
         product_dtype: dtype of the matrix products (the autocast dtype under autocast).
         tile_rows: number of tokens per tile.
         use_triton: whether Triton's kernel folds the tiles.
-        skip_below: a token whose gradient is bounded by less than this share of its tile's mean earns no
-            product; 0 for none.
+        skip_below: the share of a tile's gradient in its logits that the products may lose; 0 for none.
         shard: which part of the vocabulary the weight is; None for all of it.
     """
 
@@ -171,18 +172,25 @@ def tile_positions(count: int, tile_rows: int) -> Iterator[slice]:
 
 
 def default_tile_rows(
-    count: int, vocab_size: int, dtype: torch.dtype, device: torch.device, trainable: bool = False
+    count: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    trainable: bool = False,
+    skipping: bool = False,
 ) -> int:
     """Tokens per tile of `count` tokens, in as few tiles as fit the device's buffer, all of about equal size.
 
     Args:
         dtype: of the buffer's logits.
         trainable: whether the lm_head's gradient is wanted.
+        skipping: whether the gradients' products leave something out.
     """
     on_cpu = device.type == "cpu"
-    tile_bytes = CPU_TILE_BYTES if on_cpu else GPU_TILE_BYTES
+    cpu_tile_bytes = SKIPPING_CPU_TILE_BYTES if skipping else CPU_TILE_BYTES
+    tile_bytes = cpu_tile_bytes if on_cpu else GPU_TILE_BYTES
     most_rows = max(tile_bytes // (max(vocab_size, 1) * dtype.itemsize), SMALLEST_TILE_ROWS)
-    if not (on_cpu or trainable):
+    if not (on_cpu or trainable or skipping):
         most_rows = min(most_rows, FROZEN_TILE_ROWS)
     tiles = max(-(-count // most_rows), 1)
     rows = max(-(-count // tiles), 1)

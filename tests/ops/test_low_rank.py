@@ -195,12 +195,14 @@ def test_what_is_skipped_is_small(path: str, name: str) -> None:
     settled = (case.targets != -100) & (torch.arange(64, device=DEVICE) >= 20)
     case = dataclasses.replace(case, targets=torch.where(settled, right, case.targets))
     exact = gated(path, case, name)
-    result = gated(path, case, name, skip_below=2**-12, tile_rows=16)
+    result = gated(path, case, name, skip_below=2**-7, tile_rows=16)
     assert result.skipped is not None
-    assert result.skipped.sum() >= 8
+    rows = result.skipped == 1
+    assert rows.sum() >= 8
+    assert ((result.skipped > 0) & (result.skipped < 1)).any()
     actual = gradients(result.loss, case)
-    assert (actual[1][result.skipped] == 0).all()
-    assert largest_error(actual, gradients(exact.loss, case)) < 2**-11
+    assert (actual[1][rows] == 0).all()
+    assert largest_error(actual, gradients(exact.loss, case)) < 2**-4
 
 
 @pytest.mark.parametrize(
