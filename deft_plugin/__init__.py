@@ -21,11 +21,12 @@ from .objectives import (
     objective_names,
     register_objective,
 )
-from .ops import GatedLoss, gated_loss, linear_gated_loss
+from .ops import CountedTargets, GatedLoss, gated_loss, linear_gated_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CountedTargets",
     "FocusObjective",
     "GatedCausalLMOutput",
     "GatedHead",

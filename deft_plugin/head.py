@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from .lm_head import Projection, check_is_linear, check_lm_head, innermost, lm_head_of, project_with
 from .measurement import UnknownForwardError, ordinary_tokens
 from .objectives import Objective, build_objective
-from .ops import CoreSettings, GatedLoss, linear_gated_loss
+from .ops import CoreSettings, CountedTargets, GatedLoss, linear_gated_loss
 from .own_forward import Labels, OwnForward
 from .quantization import cpu_weights_left_unpacked
 from .substitution import attribute_of, in_mode
@@ -283,23 +283,18 @@ class GatedHead:
         for name in ("use_cache", "return_dict"):
             kwargs.pop(name, None)
         given = Labels(labels, shift_labels, ignore_index)
+        # Here, so that the number of targets is there when the backbone's work is in the device's queue.
+        counted = counted_targets(given)
 
         def score(layer: Any, hidden_states: Tensor, labels: Labels, compare: bool) -> GatedLoss:
-            targets = labels.shift_labels
-            if targets is None:
-                assert labels.labels is not None
-                # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
-                following = labels.labels[..., 1:]
-                targets = functional.pad(following, (0, 1), value=labels.ignore_index)
-            if hidden_states.shape[:-1] != targets.shape:
+            targets = counted if labels is given else counted_targets(labels)
+            if hidden_states.shape[:-1] != targets.targets.shape:
                 raise UnknownForwardError(
                     model,
                     f"gives its lm_head hidden states of shape {tuple(hidden_states.shape)}, where the labels are "
-                    f"{tuple(targets.shape)}",
+                    f"{tuple(targets.targets.shape)}",
                 )
-            gated = self._score(
-                layer, hidden_states, targets, num_items_in_batch, labels.ignore_index, compare
-            )
+            gated = self._score(layer, hidden_states, targets, num_items_in_batch, compare)
             return gated if given.shift_labels is not None else without_last_position(gated)
 
         output, loss, gated = self.own_forward.run(
@@ -333,9 +328,8 @@ class GatedHead:
         self,
         layer: Any,
         hidden_states: Tensor,
-        targets: Tensor,
+        targets: CountedTargets,
         num_items_in_batch: int | Tensor | None,
-        ignore_index: int,
         compare: bool,
     ) -> GatedLoss:
         measured = self.own_forward.measured
@@ -353,7 +347,7 @@ class GatedHead:
                 low_rank=projection.low_rank,
                 logit_scale=measured.transform.scale,
                 softcap=measured.transform.softcap,
-                ignore_index=ignore_index,
+                ignore_index=targets.ignore_index,
                 num_items_in_batch=num_items_in_batch,
                 with_entropy=self.with_entropy,
                 shard=projection.shard,
@@ -362,6 +356,17 @@ class GatedHead:
             return dict(vars(gated))
 
         return GatedLoss(**project_with(layer, hidden_states, score))
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def counted_targets(labels: Labels) -> CountedTargets:
+    """(batch, sequence) targets, each position's own."""
+    targets = labels.shift_labels
+    if targets is None:
+        assert labels.labels is not None
+        # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
+        targets = functional.pad(labels.labels[..., 1:], (0, 1), value=labels.ignore_index)
+    return CountedTargets.start(targets, labels.ignore_index)
 
 
 def without_last_position(gated: GatedLoss) -> GatedLoss:

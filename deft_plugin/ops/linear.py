@@ -11,26 +11,20 @@ from torch import Tensor
 from ..objectives import Objective, build_objective
 from .availability import chooses_triton
 from .chunked import chunked_token_loss
-from .output import (
-    GatedLoss,
-    Reduction,
-    ValidTargets,
-    assemble,
-    check_reduction,
-    described,
-)
+from .output import GatedLoss, Reduction, assemble, check_reduction
 from .projection import LogitsTransform, Operands, product_dtype, project
 from .reference import reference_token_loss
 from .settings import CoreSettings, Path
 from .shard import VocabularyShard
 from .sums import StatisticsRequest
+from .targets import CountedTargets, ValidTargets, described
 from .tiles import Head, buffer_dtype, default_tile_rows
 
 
 def linear_gated_loss(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: Tensor | CountedTargets,
     objective: str | Objective = "deft",
     *,
     parameters: Mapping[str, Any] | None = None,
@@ -57,7 +51,8 @@ def linear_gated_loss(
     Args:
         hidden: (..., H) hidden states, floating.
         weight: (V, H) lm_head weight; its gradient is formed only if it requires one.
-        targets: hidden's shape without H; integers in [0, V), or `ignore_index`. Not shifted here.
+        targets: hidden's shape without H; integers in [0, V), or `ignore_index`. Not shifted here. On an accelerator
+            the host waits for their number, unless it was started beforehand: `CountedTargets.start(targets)`.
         objective: a registered name or an `Objective`.
         parameters: the named objective's parameters.
         bias: (V,) or None.
@@ -96,7 +91,13 @@ def linear_gated_loss(
     objective = build_objective(objective, parameters)
     transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
     check_reduction(reduction, num_items_in_batch)
-    _check_shapes(hidden, weight, targets, bias, shard)
+    _check_shapes(
+        hidden,
+        weight,
+        targets.targets if isinstance(targets, CountedTargets) else targets,
+        bias,
+        shard,
+    )
     _check_low_rank(low_rank, hidden, weight)
     CoreSettings(path, tile_rows, skip_below)  # Raises for what no call could have.
     if shard is not None:

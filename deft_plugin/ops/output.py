@@ -1,14 +1,14 @@
-"""What every path of the core takes and gives: checked targets in, losses and statistics out."""
+"""What every path of the core gives: a loss and statistics of tokens, spread over the targets' shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics
+from .targets import ValidTargets
 
 Reduction = Literal["mean", "sum"]
 
@@ -41,65 +41,6 @@ class GatedLoss:
     entropy: Tensor | None
     is_top1: Tensor
     skipped: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ValidTargets:
-    """The targets that count.
-
-    Args:
-        mask: bool, the targets' shape.
-        rows: (n,) int64 positions of the valid targets in flattened order; None when all are valid.
-        targets: (n,) int64, in [0, V).
-    """
-
-    mask: Tensor
-    rows: Tensor | None
-    targets: Tensor
-
-    @classmethod
-    def check(cls, targets: Tensor, vocab_size: int, ignore_index: int) -> ValidTargets:
-        """Find the valid targets; one host synchronisation on an accelerator.
-
-        Raises:
-            ValueError: a target is neither `ignore_index` nor in [0, vocab_size), or is no integer.
-        """
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"targets must be a tensor of integers, not {type(targets).__name__}.")
-        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-            raise ValueError(f"ignore_index is {ignore_index!r}; it must be an integer.")
-        if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
-            raise ValueError(f"targets must be integers; their dtype is {targets.dtype}.")
-        # In int64, since a byte cannot be compared with -100.
-        targets = targets.long()
-        mask = targets != ignore_index
-        outside = mask & ((targets < 0) | (targets >= vocab_size))
-        valid_count, outside_count = torch.stack((mask.sum(), outside.sum())).tolist()
-        if outside_count:
-            raise ValueError(
-                f"{outside_count} of {valid_count} targets are outside the vocabulary "
-                f"[0, {vocab_size}), the first being {targets[outside][0].item()}. Do tokenizer and "
-                f"model match? A position to be skipped must hold ignore_index={ignore_index}."
-            )
-        flat = targets.reshape(-1)
-        if valid_count == flat.numel():
-            return cls(mask, None, flat)
-        rows = torch.nonzero_static(mask.reshape(-1), size=valid_count).squeeze(1)
-        return cls(mask, rows, flat[rows])
-
-    def spread(self, values: Tensor) -> Tensor:
-        """(n,) values of valid tokens, in the targets' shape with zeros elsewhere."""
-        if self.rows is None:
-            return values.view(self.mask.shape)
-        flat = values.new_zeros(self.mask.numel())
-        return flat.index_put((self.rows,), values).view(self.mask.shape)
-
-
-def described(targets: Any) -> str:
-    """What `targets` are, for a message."""
-    if isinstance(targets, Tensor):
-        return f"of shape {tuple(targets.shape)}"
-    return f"a {type(targets).__name__}"
 
 
 def assemble(

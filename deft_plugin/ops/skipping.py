@@ -47,7 +47,8 @@ class Kept:
 
     def of_error(self, error: Tensor) -> Tensor:
         """(k, c) of (n, V)."""
-        return self.of_columns(self.of_rows(error), 1)
+        # Columns are most of it.
+        return self.of_rows(self.of_columns(error, 1))
 
     def of_rows(self, tensor: Tensor) -> Tensor:
         """The rows that stay of a tensor with a row per token."""

@@ -155,6 +155,65 @@ def test_a_low_rank_on_a_frozen_weight_builds_nothing_of_its_size(
     assert recorder.largest < case.weight.nbytes / 3
 
 
+VIEWS = (
+    "slice",
+    "select",
+    "t",
+    "transpose",
+    "view",
+    "unsqueeze",
+    "squeeze",
+    "detach",
+    "alias",
+    "split",
+)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch a kernel on an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        if name not in VIEWS and not name.startswith(("empty", "new_empty")):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "masked_share", "most"),
+    # The kernel that folds a tile, which is no operation of PyTorch's, comes on top. A trainable weight needs a tile's
+    # gate before its product, about 35 operations on a number a token.
+    [(["hidden"], 0.0, 2), (["hidden"], 0.3, 4), (["hidden", "weight"], 0.0, 40)],
+)
+@pytest.mark.parametrize("name", ["nll", "deft"])
+def test_launches_a_tile(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    trainable: list[str],
+    masked_share: float,
+    most: int,
+) -> None:
+    monkeypatch.setattr(
+        "deft_plugin.ops.triton_fold.triton_fold_", lambda *arguments, **options: None
+    )
+    monkeypatch.setattr("deft_plugin.ops.linear.chooses_triton", lambda path, device: True)
+
+    def launches(count: int) -> list[str]:
+        """With tiles of 4 tokens."""
+        case = random_case(count, 64, trainable=trainable, masked_share=masked_share)
+        with Launches() as launched:
+            gated("auto", case, name, with_entropy=True, tile_rows=4)
+        return launched.names
+
+    assert len(launches(4 * 20)) - len(launches(4 * 10)) <= 10 * most
+
+
 @pytest.mark.parametrize("path", TILED_PATHS)
 @pytest.mark.parametrize("name", ["deft", "cayley_trans", "eaft"])
 def test_logits_are_never_there_as_a_whole(path: str, name: str) -> None:
