@@ -2,12 +2,11 @@
 
     python scripts/measure_gpu.py                 # or: make measure-gpu, which installs the public losses first
     python scripts/measure_gpu.py --only loss     # the parts whose name starts so
-    python scripts/measure_gpu.py --device cpu --shape 256,4096,64 --repetitions 1 --tests tests/ops/test_shard.py
+    python scripts/measure_gpu.py --device cpu --shape 256,4096,64 --repetitions 1 --tests tests/ops/test_edges.py
 
 The parts: the core's tests; every shape of the benchmark of losses; the kernels of one DEFT call; a QLoRA step of an 8B shape.
 Each writes into a folder of its own: `log.txt`, its CSVs, and `done.json` once it has succeeded, with what was run, where, and
-how long it took. A part is run again if its command, the code, the card or
-a package has changed since, or with --again. A part
+how long it took. A part is run again if its command, the code, the card or a package has changed since, or with --again. A part
 that fails is named, and the next one runs.
 """
 
