@@ -207,7 +207,7 @@ def _parsed(text: str, type_: Any) -> Any:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Bars of time, with their ratios to our nll's, and of memory for every job; a line for the products alone."""
+    """Bars of time, with its ratios, and of memory for every job."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,18 +221,27 @@ def plot(results: Results, path: Path) -> None:
     for (job, contestants), (left, right) in zip(results.items(), axes, strict=True):
         compared = ratios(contestants)
         names = list(compared)[::-1]
-        colours = ["C1" if name.startswith("deft_plugin") else "C7" for name in names]
+        peer = fastest_peer(contestants)
+        colours = [
+            "C1" if name.startswith("deft_plugin") else "C0" if name == peer else "C7"
+            for name in names
+        ]
         times = [contestants[name]["seconds"] * 1000 for name in names]
         bars = left.barh(names, times, color=colours)
         labels = [
-            f"{time:,.1f}, {_number(compared[name].get('of_our_nll'), '.2f')}"
+            f"{time:,.1f} | {_number(compared[name].get('of_our_nll'), '.2f')}, "
+            f"{_number(compared[name].get('of_fastest_peer'), '.2f')}, "
+            f"{_number(compared[name].get('products_share'), '.0%')}"
             for name, time in zip(names, times, strict=True)
         ]
         left.bar_label(bars, labels, fontsize=6, padding=2)
-        left.margins(x=0.2)
+        left.margins(x=0.35)
         if PRODUCTS in compared:
             left.axvline(contestants[PRODUCTS]["seconds"] * 1000, color="black", linewidth=0.7)
-        left.set_title(f"{job.title}\nms, of our nll; line: the products alone", fontsize=8)
+        left.set_title(
+            f"{job.title}\nms | of our nll, of the fastest peer's (blue), products' share (line)",
+            fontsize=8,
+        )
         right.barh(names, [contestants[name]["extra_mib"] for name in names], color=colours)
         right.axvline(memory_bound_mib(job), color="black", linewidth=0.7)
         right.set_title("peak extra memory, MiB\nline: tile, gradients and 100 MiB", fontsize=8)
