@@ -47,6 +47,7 @@ from benchmark_tables import (
     write_csv,
     write_files,
 )
+from contestant import Machine
 from contestants import CONTESTANTS
 from rich.console import Console
 from rich.table import Table
@@ -59,12 +60,20 @@ LIMIT_SECONDS = 1800
 
 
 def run_workers(names: list[str], jobs: list[Job], limit_seconds: float = LIMIT_SECONDS) -> Results:
-    """Every contestant's result on every job, each contestant in processes of its own."""
+    """Every contestant's result on every job that it can run, each contestant in processes of its own."""
     results: Results = {job: {} for job in jobs}
-    # The resident set of a process that has run before says nothing: on a CPU a process a job.
-    batches = [[job] for job in jobs] if jobs[0].device == "cpu" else [jobs]
+    machine = Machine.here(jobs[0].device)
     for name in names:
-        for batch in batches:
+        fit: list[Job] = []
+        for job in jobs:
+            if reason := CONTESTANTS[name].needs.unmet(machine, job):
+                results[job][name] = {"absent": reason}
+            else:
+                fit.append(job)
+        # The resident set of a process that has run before says nothing: on a CPU a process a job.
+        size = 1 if machine.device == "cpu" else len(jobs)
+        for start in range(0, len(fit), size):
+            batch = fit[start : start + size]
             with console.status(f"{name}: {batch[0].title}"):
                 found = run_worker(name, batch, limit_seconds)
             for job, result in zip(batch, found, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from benchmark_job import Job, make_inputs
-from contestant import Loss, Machine, UnavailableError
+from contestant import Loss, UnavailableError
 from contestants import CONTESTANTS, formula
 from torch import Tensor
 
@@ -117,24 +117,21 @@ def gradient_error(loss: Loss, objective: str, job: Job) -> float:
 
 
 def work(name: str, jobs: list[Job]) -> None:
-    """Measure one contestant on all jobs; a line of JSON each."""
+    """Measure one contestant on jobs that fit its needs; a line of JSON each."""
     contestant = CONTESTANTS[name]
-    machine = Machine.here(jobs[0].device)
     loss: Loss | None = None
     for job in jobs:
-        result: dict[str, Any] = {}
         try:
-            reason = contestant.needs.unmet(machine, job)
-            if reason is None:
-                loss = loss or contestant.build()
-                result = {**measure(loss, contestant.objective, job), "remark": contestant.remark}
+            loss = loss or contestant.build()
+            figures = measure(loss, contestant.objective, job)
+            result: dict[str, Any] = {**figures, "remark": contestant.remark}
         except UnavailableError as error:
-            reason = str(error)
+            result = {"absent": str(error)}
         except torch.OutOfMemoryError:
-            reason = "out of memory"
+            result = {"absent": "out of memory"}
         except Exception as error:  # A peer's own failure is a result too.
             message = (str(error).strip() or "no message").splitlines()[0]
-            reason = f"{type(error).__name__}: {message[:120]}"
-        print(json.dumps({"absent": reason} if reason else result), flush=True)
+            result = {"absent": f"{type(error).__name__}: {message[:120]}"}
+        print(json.dumps(result), flush=True)
         if job.device != "cpu":
             torch.cuda.empty_cache()
