@@ -9,11 +9,10 @@
 
 Every contestant runs in a process of its own, one after the other, on the same inputs: fresh hidden states for each
 repetition, and logits either as peaked as a trained model's (about half of the tokens predicted with p > 0.5)
-or random. Time is the median over the repetitions, by CUDA events on a GPU; evaluation is a forward pass under no_grad.
-Memory is the peak during one forward and
-backward, less what was there before, gradients included: of the allocator on a GPU, of the resident set of an
-untouched process on a CPU. Error is that of the gradients against a float64 run of the contestant's formula on
-the first 256 tokens. Some labels masked: deft_plugin, TRL and cut-cross-entropy leave their rows out, others compute them.
+or random. Time is the median over the repetitions, by CUDA events on a GPU: training is a forward and a backward pass, evaluation a
+forward pass under no_grad. Memory is the peak in training, less what was there before, gradients included: of the allocator on a GPU,
+of the resident set of an untouched process on a CPU. Error is that of the gradients against a float64 run of the contestant's formula on
+256 tokens. The rows of masked labels are left out by deft_plugin, TRL and cut-cross-entropy, and computed by others.
 A contestant that cannot run is named with the reason. The table also goes to a CSV and a PNG.
 """
 
@@ -53,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Wide enough for the table also where the output is no terminal.
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout.isatty() else 130)
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 # Some peers compile and tune for minutes.
 LIMIT_SECONDS = 1800

@@ -84,16 +84,17 @@ def memory_bound_mib(job: Job) -> float:
 
 
 def results_table(job: Job, results: dict[str, Result]) -> Table:
-    """Figures of all contestants on one job."""
+    """Figures of all contestants on one job; training is a forward and a backward pass."""
     table = Table(title=job.title)
     table.add_column("loss", no_wrap=True)
     for column in (
-        "forward,\nbackward",
+        "training\nms",
         "of the\nformula",
         "of our\nnll",
+        "of best\npeer",
         "products'\nshare",
-        "evaluation",
-        "peak\nextra",
+        "evaluation\nms",
+        "extra\nMiB",
         "of the\nformula",
         "gradients'\nerror",
     ):
@@ -104,12 +105,13 @@ def results_table(job: Job, results: dict[str, Result]) -> Table:
         memory = base.get("extra_mib", 0) / max(result["extra_mib"], 0.1)
         table.add_row(
             name,
-            f"{result['seconds'] * 1000:,.1f} ms",
+            f"{result['seconds'] * 1000:,.1f}",
             _number(ratio.get("of_formula"), ".2f"),
             _number(ratio.get("of_our_nll"), ".2f"),
+            _number(ratio.get("of_fastest_peer"), ".2f"),
             _number(ratio.get("products_share"), ".0%"),
-            f"{result['evaluation_seconds'] * 1000:,.1f} ms",
-            f"{result['extra_mib']:,.0f} MiB",
+            f"{result['evaluation_seconds'] * 1000:,.1f}",
+            f"{result['extra_mib']:,.0f}",
             f"1/{memory:.1f}" if memory else "-",
             _number(result["error"] or None, ".1e"),
         )

@@ -71,13 +71,7 @@ class Needs:
 
     def unmet(self, machine: Machine, job: Job) -> str | None:
         """Why a contestant with these needs cannot run the job on the machine; None if it can."""
-        return self._missing_package() or self._unfit_device(machine) or self._unfit_job(job)
-
-    def _missing_package(self) -> str | None:
-        for module in self.modules:
-            if importlib.util.find_spec(module) is None:
-                return f"{PACKAGES.get(module, module)} is not installed"
-        return None
+        return self._unfit_device(machine) or self._missing_package() or self._unfit_job(job)
 
     def _unfit_device(self, machine: Machine) -> str | None:
         wanted = self.capability or self.least_capability
@@ -93,6 +87,12 @@ class Needs:
         fits = machine.capability == wanted if self.capability else machine.capability >= wanted
         have = f"{machine.capability[0]}.{machine.capability[1]}"
         return None if fits else f"it needs {wanted_name}; this one's is {have}"
+
+    def _missing_package(self) -> str | None:
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                return f"{PACKAGES.get(module, module)} is not installed"
+        return None
 
     def _unfit_job(self, job: Job) -> str | None:
         if self.dtypes and job.dtype not in self.dtypes:

@@ -165,17 +165,21 @@ def test_what_is_missing_is_named(
     assert (reason or "") in (found or "")
 
 
+@pytest.mark.parametrize("installed", [True, False])
 def test_on_a_cpu_every_other_loss_says_that_it_needs_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
+    installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module if installed else None)
     unmet = {
         name: contestant.needs.unmet(Machine("cpu"), job())
         for name, contestant in PUBLIC_LOSSES.items()
     }
     runs = {name for name, reason in unmet.items() if reason is None}
-    assert runs == {name for name in ON_A_CPU if "Liger" not in name}
-    assert {reason for reason in unmet.values() if reason} == {"it needs a GPU"}
+    own = {"torch cross_entropy", "torch linear_cross_entropy"}
+    assert runs == ({name for name in ON_A_CPU if "Liger" not in name} if installed else own)
+    packages = {"trl is not installed", "cut-cross-entropy is not installed"}
+    reasons = {reason for reason in unmet.values() if reason}
+    assert reasons == ({"it needs a GPU"} if installed else {"it needs a GPU", *packages})
 
 
 @pytest.mark.parametrize("vocab", [128256, 128257])
