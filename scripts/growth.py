@@ -23,17 +23,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark import (
-    FORMULA,
-    Job,
-    console,
-    gradients,
-    make_inputs,
-    peak_extra_mib,
-    resolve_device,
-    run_workers,
-    write_csv,
-)
+from benchmark import console, run_workers
+from benchmark_job import Job, make_inputs, resolve_device
+from benchmark_measure import gradients, peak_extra_mib
+from benchmark_tables import write_csv
+from contestants import FORMULA
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
