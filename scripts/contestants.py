@@ -111,7 +111,7 @@ CONTESTANTS = {
     "deft_plugin deft, entropy": _ours(
         "deft", remark="with each token's entropy, as TRL always asks for", with_entropy=True
     ),
-    "deft_plugin deft, skipping": _ours("deft", skip_below=2**-12),
+    "deft_plugin deft, skipping": _ours("deft", skip_below=2**-9),
     "deft_plugin cayley_trans": _ours(
         "cayley_trans", remark="with a call's own mean, which a trainer knows beforehand"
     ),
