@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .output import gradient_bound
-from .products import add_outer_, project_back_
+from .products import project_back_
 from .projection import Operands
 from .sums import statistics_dtype
 from .tiles import FoldedTiles, Head, Tile
@@ -79,31 +81,30 @@ class Gradients:
         gradients = (self.hidden, self.low_rank_hidden)
         if all(gradient is None for gradient in gradients):
             return
-        error = tile.error if kept is None else tile.error[kept]
-        error = error.to(self.head.product_dtype)
         for (_, weight), gradient in zip(self.operands.products(), gradients, strict=False):
             if gradient is None:
                 continue
             if kept is None:
-                project_back_(gradient[tile.positions], error, weight)
+                tile.project_back_(gradient[tile.positions], weight)
             else:
+                error = tile.error[kept].to(gradient.dtype)
                 product = gradient.new_empty(error.size(0), gradient.size(1))
                 project_back_(product, error, weight)
                 gradient[tile.positions].index_copy_(0, kept, product)
 
     def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Tensor | None) -> None:
         """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
-        error, rows, scale = tile.error, self.head.rows_of(tile.positions), scale.unsqueeze(1)
+        rows, scale = self.head.rows_of(tile.positions), scale.unsqueeze(1)
         if kept is not None:
-            error, scale = error[kept], scale[kept]
+            tile, scale = replace(tile, error=tile.error[kept]), scale[kept]
             rows = kept + rows.start if isinstance(rows, slice) else rows[kept]
         gradients = (self.weight, self.low_rank_weight)
         for (hidden, _), gradient in zip(self.operands.products(), gradients, strict=False):
             if gradient is not None:
-                scaled = (hidden[rows] * scale).to(error.dtype)
-                add_outer_(gradient, self._keep, error, scaled)
+                scaled = (hidden[rows] * scale).to(tile.error.dtype)
+                tile.add_outer_(gradient, self._keep, scaled)
         if self.bias is not None:
-            add_outer_(self.bias.unsqueeze(1), self._keep, error, scale.to(error.dtype))
+            tile.add_outer_(self.bias.unsqueeze(1), self._keep, scale.to(tile.error.dtype))
         self._keep = 1
 
     def _rows_that_earn(self, tile: Tile, gate: Tensor, tiles: FoldedTiles) -> Tensor | None:
