@@ -24,7 +24,7 @@ import torch
 from quack.cute_dsl_utils import get_device_capacity
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.library import identity_epi
-from quack.epilogue.math import pexp2
+from quack.epilogue.math import F2, pexp2
 from quack.epilogue.ops import ColVecLoad, ColVecReduce, ColVecSelect
 from quack.epilogue.scaled_exp import LOG2E, MaxLog2
 from quack.linear_cross_entropy import _lce_dw_scale, _lce_dx_scale
@@ -56,6 +56,13 @@ def _largest(acc: Any) -> dict[str, Any]:
     return {"exponent": acc}
 
 
+def _multiply_add(value: Any, factor: Any, addend: Any) -> Any:
+    """Rounded once: on Blackwell values come in pairs, whose two operations no compiler joins."""
+    if isinstance(value, F2):
+        return value.fma(factor, addend)
+    return value * factor + addend
+
+
 def _epilogue(collision: bool, entropy: bool) -> Any:
     """The epilogue with the sums that are asked for, each of them one multiply-add a logit."""
     exponent, target = MaxLog2("exponent"), ColVecLoad("target")
@@ -66,7 +73,7 @@ def _epilogue(collision: bool, entropy: bool) -> Any:
         sums["weighted"] = ColVecReduce("weighted", scaled=True)
 
     def exponentials_and_sums(acc: Any, exponent: Any) -> dict[str, Any]:
-        difference = acc * LOG2E - exponent
+        difference = _multiply_add(acc, LOG2E, -exponent)
         power = pexp2(difference)
         results = {"D": power, "powers": power, "target_logit": acc}
         if collision:

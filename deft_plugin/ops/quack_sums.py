@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sums import StatisticsRequest, Sums
+from .sums import Sums
 
 # log2(e) as the kernel has it, in float32.
 LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
@@ -51,6 +51,10 @@ class Partials(NamedTuple):
     squares: Tensor | None
     weighted: Tensor | None
     target_logit: Tensor
+
+    def of_rows(self, count: int) -> Partials:
+        """Of the first `count` rows; views."""
+        return Partials._make(None if part is None else part[:count] for part in self)
 
 
 def sums_of_partials_(

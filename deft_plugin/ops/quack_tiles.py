@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .projection import Operands
-from .quack_sums import STRIP_COLUMNS, Partials, put_target_, sums_of_partials_, tile_scales
+from .quack_sums import STRIP_COLUMNS, put_target_, sums_of_partials_, tile_scales
 from .tiles import Head, Tile, tile_positions
 
 ROW_MULTIPLE = 128
@@ -87,7 +87,7 @@ def quack_tiles(operands: Operands, head: Head, sums: Tensor, form_error: bool) 
         padded_targets = functional.pad(targets, (0, hidden.size(0) - size), value=-1)
         powers = None if buffer is None else buffer[: hidden.size(0)]
         padded = exponentials(powers, hidden, weight, padded_targets, width, head.request)
-        partials = Partials(*(None if part is None else part[:size] for part in padded))
+        partials = padded.of_rows(size)
         error = None if powers is None else powers[:size]
         sums_of_partials_(tile_sums, partials, targets, width, error)
         if powers is None or error is None:

@@ -1,0 +1,387 @@
+"""Path "quack" without a GPU: its arithmetic, against launches that are emulated as their contract says, and what it refuses.
+
+The emulation stands for the launches alone; sums, statistics, gates, the error, scales and the walk over tiles are the
+code's. That the launches compile is tested in test_quack_ahead_of_time.py, and that they do what the emulation does, on a
+GPU, in test_quack_on_gpu.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deft_plugin import linear_gated_loss
+from deft_plugin.ops import availability, quack_tiles
+from deft_plugin.ops.quack_sums import sums_of_partials_
+from deft_plugin.ops.sums import StatisticsRequest, Sums, empty_sums, statistics_of_sums
+
+from . import quack_emulation
+from .cases import (
+    OBJECTIVES,
+    Case,
+    gated,
+    gradients,
+    largest_error,
+    random_case,
+    relative_error,
+)
+
+# Widths of a tile: 192, 256 and 128.
+VOCABULARIES = [384, 512, 640]
+# Exponentials in bfloat16, 2^-9 each, and hidden states times gate in bfloat16.
+GRADIENT_ERROR = 5e-3
+# Logits of up to 130 in float32.
+STATISTICS_ERROR = 2e-5
+
+with_objectives = pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        pytest.param(name, parameters, id=f"{name}-{parameters}")
+        for name, parameters in OBJECTIVES
+        if name != "eaft" or parameters.get("entropy") == "full"
+    ],
+)
+
+
+@pytest.fixture(params=[True, False], ids=["hopper", "blackwell"])
+def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Launches on a CPU, with and without the products that take strips."""
+    monkeypatch.setitem(sys.modules, "deft_plugin.ops.quack_kernels", quack_emulation)
+    monkeypatch.setattr(quack_emulation, "HAS_STRIPS", request.param)
+    monkeypatch.setattr(availability, "_quack_obstacles", lambda device: [])
+    return quack_emulation
+
+
+def bfloat16_case(count: int = 200, vocab_size: int = 384, **options: Any) -> tuple[Case, Case]:
+    """A case, and the same numbers in float64."""
+    options = {"trainable": ("hidden", "weight"), "logit_std": (0.1, 30.0)} | options
+    case = random_case(
+        count, vocab_size, hidden_size=64, dtype=torch.bfloat16, masked_share=0.2, **options
+    )
+    return case, case.to(torch.float64)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_statistics_are_those_of_float32_logits(emulated: Any, vocab_size: int) -> None:
+    case, exact = bfloat16_case(vocab_size=vocab_size)
+    actual = gated("quack", case, with_entropy=True)
+    expected = gated("reference", exact, with_entropy=True)
+    for name in ("log_p", "focus", "entropy", "gate", "token_loss"):
+        error = (getattr(actual, name) - getattr(expected, name)).abs().max().item()
+        assert error < STATISTICS_ERROR, name
+    assert torch.equal(actual.is_top1, expected.is_top1)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize("tile_rows", [None, 128, 50])
+@with_objectives
+def test_gradients_are_the_formulas(
+    emulated: Any, name: str, parameters: dict[str, Any], tile_rows: int | None, vocab_size: int
+) -> None:
+    case, exact = bfloat16_case(vocab_size=vocab_size)
+    options = {"parameters": parameters, "with_entropy": True}
+    actual = gated("quack", case, name, tile_rows=tile_rows, **options)
+    expected = gated("reference", exact, name, **options)
+    assert abs(actual.loss.item() / expected.loss.item() - 1) < 1e-5
+    expected_gradients = gradients(expected.loss, exact)
+    assert largest_error(gradients(actual.loss, case), expected_gradients) < GRADIENT_ERROR
+
+
+def test_gradients_are_nearer_than_those_of_bfloat16_logits(emulated: Any) -> None:
+    case, exact = bfloat16_case(count=512)
+    expected = gradients(gated("reference", exact).loss, exact)
+    actual = gradients(gated("quack", case).loss, case)
+    chunked = gradients(gated("chunked", case).loss, case)
+    for ours, theirs, truth in zip(actual, chunked, expected, strict=True):
+        assert relative_error(ours, truth) < relative_error(theirs, truth)
+
+
+@pytest.mark.parametrize("trainable", [("hidden",), ("weight",)])
+def test_either_operand_may_be_frozen(emulated: Any, trainable: tuple[str, ...]) -> None:
+    case, exact = bfloat16_case(trainable=trainable)
+    actual = gradients(gated("quack", case, tile_rows=70).loss, case)
+    expected = gradients(gated("reference", exact).loss, exact)
+    assert largest_error(actual, expected) < GRADIENT_ERROR
+
+
+def test_upstream_gradients_may_differ_between_tokens(emulated: Any) -> None:
+    case, exact = bfloat16_case()
+    weights = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    actual = gated("quack", case, tile_rows=70).token_loss
+    expected = gated("reference", exact).token_loss
+    actual_gradients = gradients((actual * weights.float()).sum(), case)
+    expected_gradients = gradients((expected * weights).sum(), exact)
+    assert largest_error(actual_gradients, expected_gradients) < GRADIENT_ERROR
+
+
+def test_float32_operands_under_autocast(emulated: Any) -> None:
+    case, exact = bfloat16_case()
+    with torch.autocast("cpu", torch.bfloat16):
+        single = case.to(torch.float32)
+        loss = gated("quack", single, tile_rows=128).loss
+    expected = gradients(gated("reference", exact).loss, exact)
+    actual = gradients(loss, single)
+    assert all(gradient.dtype == torch.float32 for gradient in actual)
+    assert largest_error(actual, expected) < GRADIENT_ERROR
+
+
+def test_an_evaluation_stores_no_exponentials(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = []
+    exponentials = quack_emulation.exponentials
+
+    def recorded(powers: Tensor | None, *args: Any) -> Any:
+        stored.append(powers)
+        return exponentials(powers, *args)
+
+    monkeypatch.setattr(quack_emulation, "exponentials", recorded)
+    case, exact = bfloat16_case()
+    with torch.no_grad():
+        actual = gated("quack", case, with_entropy=True, tile_rows=70)
+    assert stored
+    assert all(powers is None for powers in stored)
+    expected = gated("reference", exact, with_entropy=True)
+    for name in ("log_p", "entropy", "token_loss"):
+        error = (getattr(actual, name) - getattr(expected, name)).abs().max().item()
+        assert error < STATISTICS_ERROR, name
+    assert (actual.log_p <= 0).all()
+
+
+def test_no_valid_token(emulated: Any) -> None:
+    case, _ = bfloat16_case(count=5)
+    masked = dataclasses.replace(case, targets=torch.full((5,), -100))
+    loss = gated("quack", masked).loss
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(loss, masked))
+
+
+def one_hot_case(margins: list[float], other: int, vocab_size: int = 384) -> tuple[Case, Case]:
+    """Each row's logits are 0 but for its target's, the margin, and the entry `other`, 1; exactly in bfloat16.
+
+    Token i has its target at column i.
+    """
+    logits = torch.zeros(len(margins), vocab_size, dtype=torch.float64)
+    logits[:, other] = 1
+    logits[range(len(margins)), range(len(margins))] = torch.tensor(margins, dtype=torch.float64)
+    case = Case(
+        hidden=logits.bfloat16().requires_grad_(),
+        weight=torch.eye(vocab_size, dtype=torch.bfloat16).requires_grad_(),
+        targets=torch.arange(len(margins)),
+    )
+    return case, case.to(torch.float64)
+
+
+@pytest.mark.parametrize("other", [100, 300])
+def test_what_is_left_of_a_certain_token_does_not_cancel(emulated: Any, other: int) -> None:
+    """With the rest of the probability in the target's own tile and in another; 1 - p from 1 to 1e-26."""
+    margins = [float(margin) for margin in range(0, 65, 2)]
+    case, exact = one_hot_case(margins, other)
+    actual, expected = gated("quack", case, "nll"), gated("reference", exact, "nll")
+    # The reference's log p has lost it in float64 from 1e-16 on; the logits have not.
+    exact_missed = torch.tensor(
+        [(382 + torch.e) / (382 + torch.e + torch.tensor(m).double().exp()) for m in margins]
+    )
+    missed = -torch.expm1(actual.log_p.double())
+    assert ((missed / exact_missed - 1).abs() < 2**-9).all()
+    assert (actual.log_p - expected.log_p).abs().max() < 1e-6
+    (gradient, _) = gradients(actual.loss, case)
+    # In the target's column the gradient is 1 - p, and the same in all others together.
+    error = gradient.double() * len(margins)
+    rows = torch.arange(len(margins))
+    assert ((-error[rows, rows] / exact_missed - 1).abs() < 2**-7).all()
+    error[rows, rows] = 0
+    assert ((error.sum(1) / exact_missed - 1).abs() < 2**-6).all()
+
+
+@pytest.mark.parametrize("margin", [-50.0, -90.0, -200.0, -1000.0])
+def test_a_target_far_below_the_largest_logit(emulated: Any, margin: float) -> None:
+    """Its tile is so far below that neither it nor its entry has room in bfloat16 at one scale."""
+    case, exact = one_hot_case([0.0, 0.0], other=300)
+    hidden = case.hidden.detach().clone()
+    hidden[:, :192] += margin
+    case = dataclasses.replace(case, hidden=hidden.requires_grad_())
+    exact = case.to(torch.float64)
+    actual, expected = gated("quack", case, "nll"), gated("reference", exact, "nll")
+    assert (actual.log_p / expected.log_p - 1).abs().max() < 1e-5
+    for ours, truth in zip(
+        gradients(actual.loss, case), gradients(expected.loss, exact), strict=True
+    ):
+        assert ours.isfinite().all()
+        assert relative_error(ours, truth) < GRADIENT_ERROR
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_loud_and_alone(emulated: Any, value: float) -> None:
+    case, _ = bfloat16_case(trainable=("hidden",))
+    row = int((case.targets != -100).nonzero()[3])
+    hidden = case.hidden.detach().clone()
+    hidden[row, 0] = value
+    case = dataclasses.replace(case, hidden=hidden.requires_grad_())
+    result = gated("quack", case, with_entropy=True)
+    (gradient,) = gradients(result.loss, case)
+    assert result.log_p[row].isnan()
+    assert result.entropy is not None
+    assert result.entropy[row].isnan()
+    assert not result.is_top1[row]
+    others = torch.arange(200) != row
+    assert result.log_p[others].isfinite().all()
+    assert gradient[row].isnan().all()
+    assert gradient[others].isfinite().all()
+
+
+def test_only_what_is_requested_is_summed(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+    exponentials = quack_emulation.exponentials
+
+    def recorded(*args: Any) -> Any:
+        requests.append(args[-1])
+        return exponentials(*args)
+
+    monkeypatch.setattr(quack_emulation, "exponentials", recorded)
+    case, _ = bfloat16_case()
+    gated("quack", case, "nll")
+    gated("quack", case, "deft", with_entropy=True)
+    assert requests == [StatisticsRequest(), StatisticsRequest(collision=True, entropy=True)]
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_the_error_is_what_quacks_own_glue_makes_of_it(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, vocab_size: int
+) -> None:
+    """Its Triton kernels between the products, in Triton's interpreter, on the same exponentials."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    theirs = pytest.importorskip("quack.linear_cross_entropy")
+    if not hasattr(theirs._lce_glue_row, "fn") or torch.cuda.is_available():
+        pytest.skip("Triton's kernels have been compiled for the GPU")
+    case, _ = bfloat16_case(128, vocab_size, logit_std=(0.1, 8.0))
+    hidden, weight = case.hidden.detach(), case.weight.detach()
+    targets = case.targets.clamp(min=0)
+    width = quack_tiles.tile_width(vocab_size, quack_tiles.HOPPER_WIDTHS)
+    powers = torch.empty(128, vocab_size, dtype=torch.bfloat16)
+    partials = quack_emulation.exponentials(
+        powers, hidden, weight, targets, width, StatisticsRequest()
+    )
+    sums = empty_sums(128, torch.bfloat16, hidden.device)
+    sums_of_partials_(sums, partials, targets, width, powers)
+    their_powers, loss, scale = powers.clone(), torch.empty(128), torch.empty(128)
+    their_strips = torch.empty(vocab_size // 64, 128, dtype=torch.bfloat16)
+    theirs.lce_glue(
+        partials.exponents.clone(),
+        partials.powers,
+        hidden,
+        targets,
+        partials.target_logit,
+        their_powers,
+        loss,
+        their_strips,
+        scale,
+        None,
+        width,
+    )
+    quack_tiles.put_target_(powers, partials, sums, targets, width)
+    strips = quack_tiles._strips(partials.exponents, width, torch.bfloat16)
+    statistics = statistics_of_sums(sums, vocab_size, StatisticsRequest())
+    assert torch.equal(strips, their_strips)
+    torch.testing.assert_close(-statistics.log_p, loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Sums(*sums).row_factor, scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(powers, their_powers, rtol=2**-7, atol=1e-4)
+    changed = powers != their_powers
+    changed[torch.arange(128), targets] = False
+    assert not changed.any()
+
+
+OBSTACLES: list[tuple[dict[str, Any], str]] = [
+    ({"dtype": torch.float32}, r"multiplies in bfloat16.*torch\.float32"),
+    ({"bias": True}, "lm_head has a bias"),
+    ({"rank": 4}, "low-rank addition"),
+    ({"logit_scale": 0.5}, r"logit_scale=0\.5"),
+    ({"softcap": 30.0}, r"softcap=30\.0"),
+    ({"vocab_size": 320}, "size, 320, is no multiple of 128"),
+    ({"hidden_size": 12}, "hidden size, 12, is no multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OBSTACLES)
+def test_what_it_does_not_fit_is_named_with_a_way_out(
+    emulated: Any, options: dict[str, Any], message: str
+) -> None:
+    options = {"vocab_size": 384, "hidden_size": 16, "dtype": torch.bfloat16} | options
+    with pytest.raises(ValueError, match=f"path='quack' cannot run: .*{message}.*Use 'auto'"):
+        gated("quack", random_case(3, **options))
+
+
+def test_other_refusals(emulated: Any) -> None:
+    case, _ = bfloat16_case(3)
+    with pytest.raises(ValueError, match="the 20 largest logits"):
+        gated("quack", case, "eaft")
+    with pytest.raises(ValueError, match="skip_below would be ignored with path='quack'"):
+        gated("quack", case, skip_below=0.1)
+    hidden, weight = torch.zeros(3, 128).bfloat16(), torch.zeros(128, 128).bfloat16().t()
+    with pytest.raises(ValueError, match=r"weight is not contiguous; its strides are \(1, 128\)"):
+        linear_gated_loss(hidden, weight, torch.zeros(3, dtype=torch.int64), path="quack")
+
+
+def test_obstacles_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"'cpu' is not on an NVIDIA GPU.*bfloat16.*has a bias"):
+        gated("quack", random_case(3, 384, hidden_size=16, dtype=torch.float32, bias=True))
+    with pytest.raises(ValueError, match="path='quack' cannot run: a tensor on 'cpu'"):
+        availability.chooses_triton("quack", torch.device("cpu"))
+
+
+def test_a_gpu_of_another_capability_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    with pytest.raises(ValueError, match=r"A GPU has compute capability 8\.9, and it is for 9\.x"):
+        availability.chooses_triton("quack", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, r'not installed \(pip install "deft_plugin\[quack\]"\)'),
+        ("0.7.0", r"is 0\.7\.0.*0\.6\.x"),
+    ],
+)
+def test_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, message: str
+) -> None:
+    def installed(name: str) -> str:
+        assert name == "quack-kernels"
+        if version is None:
+            raise availability.importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(availability.importlib.metadata, "version", installed)
+    availability._quack_package.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=message):
+            availability.chooses_triton("quack", torch.device("cpu"))
+    finally:
+        availability._quack_package.cache_clear()
+
+
+def test_auto_never_chooses_it(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def launched(*args: Any) -> None:
+        raise AssertionError("path='auto' launched QuACK's product")
+
+    monkeypatch.setattr(quack_emulation, "exponentials", launched)
+    case, _ = bfloat16_case(3)
+    assert gated("auto", case).loss.isfinite()
+
+
+@pytest.mark.parametrize("name", ["takes_strips", "exponentials", "project_back_", "add_outer_"])
+def test_the_emulation_is_called_as_the_launches_are(name: str) -> None:
+    pytest.importorskip("quack", reason="needs the extra `quack`")
+    launches = importlib.import_module("deft_plugin.ops.quack_kernels")
+    emulated = inspect.signature(getattr(quack_emulation, name))
+    assert emulated == inspect.signature(getattr(launches, name))
