@@ -33,7 +33,7 @@ benchmark: $(TRL)/.ready
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,vision,dev]"
+	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,vision,quack,dev]"
 	touch $@
 
 $(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt

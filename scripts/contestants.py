@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from deft_plugin import linear_gated_loss
+from deft_plugin.ops.availability import chooses_triton
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 FORMULA = "formula on full logits"
@@ -60,10 +62,14 @@ def formula(objective: str) -> Loss:
     return loss
 
 
-def _ours(objective: str, skip_below: float = 0.0) -> Contestant:
+def _ours(objective: str, **options: Any) -> Contestant:
     def build(device: str) -> Loss:
+        try:
+            chooses_triton(options.get("path", "auto"), torch.device(device))
+        except ValueError as error:
+            raise UnavailableError(str(error)) from None
         return lambda hidden, weight, targets: (
-            linear_gated_loss(hidden, weight, targets, objective, skip_below=skip_below).loss
+            linear_gated_loss(hidden, weight, targets, objective, **options).loss
         )
 
     return Contestant(objective, build)
@@ -182,8 +188,10 @@ CONTESTANTS = {
     "formula, torch.compile": Contestant("deft", _compiled_formula),
     "deft_plugin deft": _ours("deft"),
     "deft_plugin deft, skipping": _ours("deft", skip_below=2**-12),
+    "deft_plugin deft, quack": _ours("deft", path="quack"),
     "deft_plugin cayley_trans": _ours("cayley_trans"),
     "deft_plugin nll": _ours("nll"),
+    "deft_plugin nll, quack": _ours("nll", path="quack"),
     "torch cross_entropy": Contestant("nll", _torch_cross_entropy),
     "torch linear_cross_entropy": Contestant("nll", _torch_linear_cross_entropy),
     "TRL fused LM head": Contestant("nll", _trl),
