@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .quack_sums import STRIP_COLUMNS, Partials
 from .sums import StatisticsRequest
+from .triton_fold import current_device
 
 # QuACK keeps what it has compiled on disk, and of an installed epilogue it would know no more than the name.
 quack.cache.EXTRA_SOURCE_DIRS.append(Path(__file__).parent)
@@ -137,7 +138,7 @@ def exponentials(
     )
     outputs = {name: value for name, value in partials._asdict().items() if value is not None}
     on_hopper = takes_strips(hidden.device)
-    with torch.cuda.device(hidden.device):
+    with current_device(hidden.device):
         _EPILOGUES[request.collision, request.entropy].gemm(
             hidden,
             weight,
@@ -186,7 +187,7 @@ def _multiply(
     keep: int = 0,
 ) -> None:
     """result = keep * result + scaling(left, strips) @ right; what is kept is added to in memory, not read."""
-    with torch.cuda.device(left.device):
+    with current_device(left.device):
         identity_epi.gemm(
             transform_a_operand(scaling, left, {"u": strips}, ROWS, STRIP_COLUMNS),
             right.mT,

@@ -1,34 +1,43 @@
-"""From what a product's epilogue leaves of each tile of a row to the row's sums, and the target's entry of the error.
+"""One Triton kernel between QuACK's products: from the sums of each tile of a row to the row's, and the error's target entry.
 
 The epilogue knows nothing of targets: its sums are over all columns, each tile's relative to a power of two of its own.
-Here tiles meet in a common reference, and the target leaves:
+Here the tiles of a row meet in one reference, and the target leaves its own, the home tile:
 
-    rest = sum of its tile - e_y                   where that cancels no more than 12 bits
-         = sum of the stored e_v, v != y           where the target is nearly all of its tile
+    rest = sum of the home tile - e_y              where that cancels no more than 12 bits
+         = sum of the stored e_v, v != y           where the target is nearly all of the tile
 
-The second is rounded to bfloat16 and off by 2^-9 at most, of something at most 2^-12 of the whole: 1 - p_y stays within
-5e-7 of the truth, as float32 logits have it, and within 2^-9 of itself however near to 0 it is. Without stored
-exponentials, in an evaluation, the difference is all there is.
+The second is rounded to bfloat16 and off by 2^-9 at most, of something that is at most 2^-12 of the tile: 1 - p_y is as near
+to the truth as float32 logits have it, and within 2^-9 of itself however near to 0 it is. Without stored exponentials,
+in an evaluation, the difference is all there is.
+
+The stored exponentials are the error but for the target's entry, minus the others' sum in the home tile's reference.
+A home tile so far below the row's largest exponent that this would leave bfloat16's range is brought nearer first.
+
+Runs on a GPU, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from .sums import Sums
+from .sums import StatisticsRequest
+from .triton_fold import current_device
 
-# log2(e) as the kernel has it, in float32.
-LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
+# log2(e) in float32, as QuACK's kernel has it.
+LOG2_E = tl.constexpr(torch.tensor(math.log2(math.e), dtype=torch.float32).item())
+# Share of the home tile's sum below which what is left of it is summed anew.
+SMALLEST_DIFFERENCE = tl.constexpr(2.0**-12)
+# How far below the row's largest exponent a home tile's may be, in powers of two.
+FARTHEST = tl.constexpr(64.0)
 # Columns that have one scale in QuACK's products of the gradients.
 STRIP_COLUMNS = 64
-# Share of a tile's sum below which the target's complement is summed anew.
-SMALLEST_DIFFERENCE = 2.0**-12
-# A target's tile is at most this far below the row's largest, or its entry of the error would leave bfloat16's range.
-LOWEST_EXPONENT = 64
+TILES_PER_WARP = 256
 
 
 class Partials(NamedTuple):
@@ -52,110 +61,161 @@ class Partials(NamedTuple):
     weighted: Tensor | None
     target_logit: Tensor
 
-    def of_rows(self, count: int) -> Partials:
-        """Of the first `count` rows; views."""
-        return Partials._make(None if part is None else part[:count] for part in self)
+
+@triton.jit
+def _without(total, target, stored, cancels, STORED: tl.constexpr):
+    """The home tile's sum without the target."""
+    rest = total - target
+    if STORED:
+        rest = tl.where(cancels, tl.sum(stored, 0), rest)
+    return rest
 
 
-def sums_of_partials_(
-    sums: Tensor, partials: Partials, targets: Tensor, width: int, powers: Tensor | None
-) -> None:
-    """Fill in the rows' sums.
-
-    Args:
-        sums: (6, n), see `Sums`; `row_factor` is for the error relative to the row's largest exponent.
-        partials: of n rows.
-        targets: (n,), int64, in [0, V).
-        width: of a tile, in columns.
-        powers: (n, V), the stored exponentials as the epilogue left them; None where there are none.
-    """
-    out = Sums(*sums)
-    home = (targets // width).unsqueeze(1)
-    exponents, target_logit = partials.exponents, partials.target_logit
-
-    # In float64, since the kernel's multiply-add rounds once where two operations here would round twice.
-    target_exponent = exponents.gather(1, home).squeeze(1)
-    target_difference = (target_logit.double() * LOG2_E - target_exponent.double()).float()
-    target_power = target_difference.exp2()
-    target_weighted = target_power * target_difference.clamp(min=-1e4)
-
-    stored: list[Tensor | None] = [None, None, None]
-    if powers is not None:
-        block = powers.gather(1, _columns(home, width)).float()
-        block.scatter_(1, (targets % width).unsqueeze(1), 0)
-        stored = [
-            block.sum(1),
-            block.square().sum(1),
-            (block * block.log2().clamp(min=-1e4)).sum(1),
-        ]
-    cancels = _without(partials.powers, home, target_power) < SMALLEST_DIFFERENCE * (
-        partials.powers.gather(1, home).squeeze(1)
-    )
-
-    def others(all_: Tensor, target: Tensor, again: Tensor | None) -> Tensor:
-        """(n, T): the sums with the target left out of its tile's."""
-        rest = _without(all_, home, target)
-        if again is not None:
-            rest = torch.where(cancels, again, rest)
-        return all_.scatter(1, home, rest.unsqueeze(1))
-
-    maximum = partials.maxima.amax(1)
+@triton.jit(
+    do_not_specialize=["sums_stride"],
+    do_not_specialize_on_alignment=["targets_pointer", "sums_pointer"],
+)
+def _row_kernel(
+    exponents_pointer,
+    maxima_pointer,
+    powers_pointer,
+    squares_pointer,
+    weighted_pointer,
+    target_logit_pointer,
+    targets_pointer,
+    stored_pointer,
+    stored_stride,
+    sums_pointer,
+    sums_stride,
+    tiles,
+    WIDTH: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    COLLISION: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STORED: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_pointer + row).to(tl.int32)
+    home = target // WIDTH
+    first = row * tiles
+    tile = tl.arange(0, BLOCK_TILES)
+    inside = tile < tiles
+    exponent = tl.load(exponents_pointer + first + tile, mask=inside, other=-float("inf"))
+    largest = tl.max(exponent, 0)
+    maximum = tl.max(tl.load(maxima_pointer + first + tile, mask=inside, other=-float("inf")), 0)
     reference = maximum * LOG2_E
-    shift = exponents - reference.unsqueeze(1)
-    scale = shift.exp2()
-    # A difference may be less than 0 by its rounding.
-    other_powers = others(partials.powers, target_power, stored[0]).clamp(min=0)
-    out.offset.copy_(target_logit - maximum)
-    out.is_top1.copy_(target_logit >= maximum)
-    out.others.copy_((other_powers * scale).sum(1))
-    if partials.squares is not None:
-        squares = others(partials.squares, target_power.square(), stored[1])
-        out.squares.copy_((squares * scale.square()).sum(1))
-    if partials.weighted is not None:
-        weighted = others(partials.weighted, target_weighted, stored[2])
-        weighted = (weighted + other_powers * shift) * scale
-        out.weighted.copy_(weighted.sum(1) / LOG2_E)
-    total = out.others + out.offset.exp()
-    out.row_factor.copy_((exponents.amax(1) - reference).exp2() / total)
+    shift = tl.where(inside, exponent - reference, 0.0)
+    scale = tl.where(inside, tl.exp2(shift), 0.0)
+
+    # In float64, since the product's multiply-add rounds once where two operations here would round twice.
+    target_logit = tl.load(target_logit_pointer + row)
+    home_exponent = tl.load(exponents_pointer + first + home)
+    difference = (target_logit.to(tl.float64) * LOG2_E - home_exponent.to(tl.float64)).to(
+        tl.float32
+    )
+    power = tl.exp2(difference)
+
+    column = tl.arange(0, BLOCK_COLUMNS)
+    is_target = column == target % WIDTH
+    stored = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    if STORED:
+        home_pointer = stored_pointer + row * stored_stride + home * WIDTH + column
+        stored = tl.load(home_pointer, mask=column < WIDTH, other=0.0).to(tl.float32)
+        stored = tl.where(is_target, 0.0, stored)
+
+    total = tl.load(powers_pointer + first + home)
+    cancels = total - power < total * SMALLEST_DIFFERENCE
+    rest = _without(total, power, stored, cancels, STORED)
+    # Rounding may leave less than nothing. Not by `maximum`, which loses NaN.
+    rest = tl.where(rest < 0, 0.0, rest)
+    powers = tl.load(powers_pointer + first + tile, mask=inside, other=0.0)
+    powers = tl.where(tile == home, rest, powers)
+    others = tl.sum(powers * scale, 0)
+    offset = target_logit - maximum
+    tl.store(sums_pointer + row, offset)
+    tl.store(sums_pointer + row + sums_stride, (target_logit >= maximum).to(tl.float32))
+    tl.store(sums_pointer + row + 2 * sums_stride, others)
+    if COLLISION:
+        total = tl.load(squares_pointer + first + home)
+        rest = _without(total, power * power, stored * stored, cancels, STORED)
+        squares = tl.load(squares_pointer + first + tile, mask=inside, other=0.0)
+        squares = tl.where(tile == home, rest, squares)
+        tl.store(sums_pointer + row + 3 * sums_stride, tl.sum(squares * (scale * scale), 0))
+    if ENTROPY:
+        # Finite numbers in place of -inf, which times a power of 0 would be NaN.
+        terms = stored * tl.log2(tl.maximum(stored, 1e-38))
+        term = power * tl.maximum(difference, -1e4)
+        total = tl.load(weighted_pointer + first + home)
+        rest = _without(total, term, terms, cancels, STORED)
+        weighted = tl.load(weighted_pointer + first + tile, mask=inside, other=0.0)
+        weighted = tl.where(tile == home, rest, weighted)
+        weighted = tl.sum((weighted + powers * shift) * scale, 0)
+        tl.store(sums_pointer + row + 4 * sums_stride, weighted / LOG2_E)
+    row_factor = tl.exp2(largest - reference) / (others + tl.exp2(offset * LOG2_E))
+    tl.store(sums_pointer + row + 5 * sums_stride, row_factor)
+
+    if STORED:
+        nearer = tl.maximum(home_exponent, largest - FARTHEST)
+        error = tl.where(
+            is_target,
+            -others * tl.exp2(reference - nearer),
+            stored * tl.exp2(home_exponent - nearer),
+        )
+        tl.store(home_pointer, error.to(stored_pointer.dtype.element_ty), mask=column < WIDTH)
+        # Another thread may still want the exponent.
+        tl.debug_barrier()
+        tl.store(exponents_pointer + first + home, nearer)
 
 
-def put_target_(
-    powers: Tensor, partials: Partials, sums: Tensor, targets: Tensor, width: int
+def sums_and_error_(
+    sums: Tensor,
+    partials: Partials,
+    targets: Tensor,
+    width: int,
+    request: StatisticsRequest,
+    powers: Tensor | None,
 ) -> None:
-    """Make the stored exponentials the error: minus the others' sum where the target is, in its tile's reference.
-
-    A tile far below the row's largest is first brought nearer, and its exponent with it.
+    """Fill in the rows' sums, and make the stored exponentials the error, each tile relative to its exponent.
 
     Args:
-        powers: (n, V), bfloat16; changed in the targets' tiles.
-        partials: of n rows; `exponents` change with the tiles.
-        sums: (6, n), filled in.
+        sums: (6, n), rows contiguous, see `Sums`; `row_factor` is for the error relative to the row's largest exponent.
+        partials: of at least n rows, contiguous. `exponents` change with the tiles that are brought nearer.
         targets: (n,), int64, in [0, V).
         width: of a tile, in columns.
+        request: which sums there are.
+        powers: at least n rows of V, bfloat16; the exponentials as the product left them. None where none are stored.
     """
-    others, exponents = Sums(*sums).others, partials.exponents
-    home = (targets // width).unsqueeze(1)
-    exponent = exponents.gather(1, home)
-    nearer = torch.maximum(exponent, exponents.amax(1, keepdim=True) - LOWEST_EXPONENT)
-    columns = _columns(home, width)
-    block = powers.gather(1, columns) * (exponent - nearer).exp2().to(powers.dtype)
-    reference = (partials.maxima.amax(1) * LOG2_E).unsqueeze(1)
-    entry = -others.unsqueeze(1) * (reference - nearer).exp2()
-    block.scatter_(1, (targets % width).unsqueeze(1), entry.to(powers.dtype))
-    powers.scatter_(1, columns, block)
-    exponents.scatter_(1, home, nearer)
+    tiles = partials.exponents.size(1)
+    with current_device(sums.device):
+        _row_kernel[(targets.numel(),)](
+            *partials,
+            targets.contiguous(),
+            powers,
+            0 if powers is None else powers.stride(0),
+            sums,
+            sums.stride(0),
+            tiles,
+            **launch_options(tiles, width, request, powers is not None),
+        )
+
+
+def launch_options(
+    tiles: int, width: int, request: StatisticsRequest, stored: bool
+) -> dict[str, Any]:
+    """The kernel's compile-time constants and its number of warps."""
+    block = triton.next_power_of_2(tiles)
+    return {
+        "WIDTH": width,
+        "BLOCK_COLUMNS": triton.next_power_of_2(width),
+        "BLOCK_TILES": block,
+        "COLLISION": request.collision,
+        "ENTROPY": request.entropy,
+        "STORED": stored,
+        "num_warps": min(max(block // TILES_PER_WARP, 1), 8),
+    }
 
 
 def tile_scales(exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, T) powers of two that bring each tile to the row's largest exponent; exact in any floating dtype."""
     return (exponents - exponents.amax(1, keepdim=True)).exp2().to(dtype)
-
-
-def _columns(home: Tensor, width: int) -> Tensor:
-    """(n, width) columns of each row's target tile."""
-    return home * width + torch.arange(width, device=home.device)
-
-
-def _without(sums: Tensor, home: Tensor, target: Tensor) -> Tensor:
-    """(n,) sums of the target's tile without the target."""
-    return sums.gather(1, home).squeeze(1) - target

@@ -1,10 +1,9 @@
 """Tiles whose logits never exist: QuACK's product leaves exponentials, and its other products read them.
 
-The same walk as `FoldedTiles`, with one launch in place of a product and a fold:
+The same walk as `FoldedTiles`, with two launches in place of a product and a fold:
 
     exponentials, sums of each tile    of hidden @ weight.T       quack_kernels.exponentials
-    sums of each row                   (6, n)                     quack_sums
-    the error                          the exponentials, with the target's entry replaced
+    sums of each row, the error        (6, n), in place           quack_sums.sums_and_error_
 
 On Hopper the error stays relative to each tile's own power of two, and QuACK's products of the gradients bring it to the
 row's. They read it in rows of 128, so that rows are added whose hidden states are zero. On Blackwell, where
@@ -16,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .projection import Operands
-from .quack_sums import STRIP_COLUMNS, put_target_, sums_of_partials_, tile_scales
+from .quack_sums import STRIP_COLUMNS, sums_and_error_, tile_scales
 from .tiles import Head, Tile, tile_positions
 
 ROW_MULTIPLE = 128
@@ -72,35 +70,30 @@ def quack_tiles(operands: Operands, head: Head, sums: Tensor, form_error: bool) 
     from .quack_kernels import exponentials, takes_strips
 
     weight, count = operands.weight, head.targets.numel()
+    vocab_size, request = weight.size(0), head.request
     with_strips = takes_strips(weight.device)
-    width = tile_width(weight.size(0), HOPPER_WIDTHS if with_strips else BLACKWELL_WIDTHS)
+    width = tile_width(vocab_size, HOPPER_WIDTHS if with_strips else BLACKWELL_WIDTHS)
     rows = -(-min(head.tile_rows, count) // ROW_MULTIPLE) * ROW_MULTIPLE
-    buffer = weight.new_empty(rows, weight.size(0)) if form_error else None
+    buffer = weight.new_empty(rows if form_error else 0, vocab_size)
     for positions in tile_positions(count, head.tile_rows):
         targets, tile_sums = head.targets[positions], sums[:, positions]
         size = targets.numel()
-        if size == 0:
-            yield Tile(positions, weight.new_empty(0, weight.size(0)), tile_sums[-1])
-            continue
-        hidden = _whole_rows(operands.hidden[head.rows_of(positions)].to(weight.dtype))
-        # A target that no column has is looked for in vain.
-        padded_targets = functional.pad(targets, (0, hidden.size(0) - size), value=-1)
-        powers = None if buffer is None else buffer[: hidden.size(0)]
-        padded = exponentials(powers, hidden, weight, padded_targets, width, head.request)
-        partials = padded.of_rows(size)
-        error = None if powers is None else powers[:size]
-        sums_of_partials_(tile_sums, partials, targets, width, error)
-        if powers is None or error is None:
-            yield Tile(positions, weight.new_empty(0, weight.size(0)), tile_sums[-1])
-            continue
-        put_target_(error, partials, tile_sums, targets, width)
-        if with_strips:
-            strips = _strips(padded.exponents, width, powers.dtype)
-            yield StripTile(positions, error, tile_sums[-1], powers, strips)
-        else:
-            scales = tile_scales(partials.exponents, error.dtype)
-            error.unflatten(1, (-1, width)).mul_(scales.unsqueeze(2))
-            yield Tile(positions, error, tile_sums[-1])
+        error = buffer[:size]
+        if size:
+            hidden = _whole_rows(operands.hidden[head.rows_of(positions)].to(weight.dtype))
+            # A target that no column has is looked for in vain.
+            padded_targets = functional.pad(targets, (0, hidden.size(0) - size), value=-1)
+            powers = buffer[: hidden.size(0)] if form_error else None
+            partials = exponentials(powers, hidden, weight, padded_targets, width, request)
+            sums_and_error_(tile_sums, partials, targets, width, request, powers)
+            if powers is not None:
+                scales = tile_scales(partials.exponents, powers.dtype)
+                if with_strips:
+                    strips = _strips(scales, width)
+                    yield StripTile(positions, error, tile_sums[-1], powers, strips)
+                    continue
+                powers.unflatten(1, (-1, width)).mul_(scales.unsqueeze(2))
+        yield Tile(positions, error, tile_sums[-1])
 
 
 def tile_width(vocab_size: int, widths: tuple[int, ...]) -> int:
@@ -108,10 +101,10 @@ def tile_width(vocab_size: int, widths: tuple[int, ...]) -> int:
     return next(width for width in widths if vocab_size % width == 0)
 
 
-def _strips(exponents: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(V / 64, m), contiguous, of (m, T) exponents."""
-    scales = tile_scales(exponents, dtype).t().contiguous()
-    return scales.repeat_interleave(width // STRIP_COLUMNS, dim=0)
+def _strips(scales: Tensor, width: int) -> Tensor:
+    """(V / 64, m), contiguous, of (m, T) scales: each as often as a tile has 64 columns."""
+    times = width // STRIP_COLUMNS
+    return scales.t().unsqueeze(1).expand(-1, times, -1).reshape(-1, scales.size(0))
 
 
 def _whole_rows(rows: Tensor) -> Tensor:

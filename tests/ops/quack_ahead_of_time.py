@@ -21,7 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .ahead_of_time import cuda_report
+
 TARGETS = {"sm_90a": "90", "sm_100a": "100"}
+# Of a kernel's arguments, by bytes and whether floating.
+TYPES = {(2, True): "bf16", (4, True): "fp32", (8, False): "i64"}
 OPTIONS = ("tile_M", "tile_N", "tile_K", "cluster_M", "cluster_N", "pingpong")
 STATISTICS = ({}, {"collision": True}, {"entropy": True}, {"collision": True, "entropy": True})
 
@@ -109,6 +113,8 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
     from quack.epilogue.frontend import EpiMod
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    from deft_plugin.ops import quack_sums
+
     quack.gemm_runtime.host.get_max_active_clusters = lambda *_, **__: 1
     torch.cuda.device = contextlib.nullcontext  # type: ignore[assignment,misc]
     folder = Path(os.environ["CUTE_DSL_DUMP_DIR"])
@@ -134,11 +140,54 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
         return plan
 
     EpiMod.gemm = compile_only  # type: ignore[method-assign]
+    between = BetweenProducts(quack_sums._row_kernel, target)
+    quack_sums._row_kernel = between
     with FakeTensorMode(allow_non_fake_inputs=True):
         for case in cases(target):
             walk(case)
-            yield from reports
+            yield from (*reports, *between.reports)
             reports.clear()
+            between.reports.clear()
+
+
+class BetweenProducts:
+    """Stands for a Triton kernel that is compiled, the first time with these constants, where it would be launched."""
+
+    def __init__(self, kernel: Any, target: str) -> None:
+        self.kernel, self.capability = kernel, int(TARGETS[target])
+        self.reports: list[dict[str, Any]] = []
+        self._compiled: set[tuple[Any, ...]] = set()
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return self._compile
+
+    def _compile(self, *arguments: Any, num_warps: int, **constants: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        key = (*constants.values(), num_warps)
+        if key in self._compiled:
+            return
+        self._compiled.add(key)
+        values = dict(zip(self.kernel.arg_names, arguments, strict=False))
+        types = dict.fromkeys(values, "i32")
+        types |= {
+            name: f"*{TYPES[value.dtype.itemsize, value.dtype.is_floating_point]}"
+            for name, value in values.items()
+            if hasattr(value, "dtype")
+        }
+        constants |= {name: None for name, value in values.items() if value is None}
+        types |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(self.kernel, types, constants)
+        binary = triton.compile(
+            source,
+            target=GPUTarget("cuda", self.capability, 32),
+            options={"num_warps": num_warps},
+        )
+        report = cuda_report(binary.asm["ptx"], self.capability)
+        del report["loops"]
+        self.reports.append({"kernel": "between products", **constants, **report})
 
 
 def described(

@@ -6,13 +6,16 @@ target's logit in float32. What a launch would not take is an assertion here, an
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from deft_plugin.ops.quack_sums import LOG2_E, STRIP_COLUMNS, Partials
+from deft_plugin.ops.quack_sums import STRIP_COLUMNS, Partials
 from deft_plugin.ops.sums import StatisticsRequest
 
 HAS_STRIPS = True
+LOG2_E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
 
 
 def takes_strips(device: torch.device) -> bool:

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from deft_plugin import linear_gated_loss
 from deft_plugin.ops import availability, quack_tiles
-from deft_plugin.ops.quack_sums import sums_of_partials_
+from deft_plugin.ops.quack_sums import sums_and_error_, tile_scales
 from deft_plugin.ops.sums import StatisticsRequest, Sums, empty_sums, statistics_of_sums
+
+pytest.importorskip("triton")
 
 from . import quack_emulation
 from .cases import (
+    DEVICE,
     OBJECTIVES,
     Case,
     gated,
@@ -34,6 +37,7 @@ from .cases import (
     relative_error,
 )
 
+COUNT = 90
 # Widths of a tile: 192, 256 and 128.
 VOCABULARIES = [384, 512, 640]
 # Exponentials in bfloat16, 2^-9 each, and hidden states times gate in bfloat16.
@@ -53,14 +57,16 @@ with_objectives = pytest.mark.parametrize(
 
 @pytest.fixture(params=[True, False], ids=["hopper", "blackwell"])
 def emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Launches on a CPU, with and without the products that take strips."""
+    """Launches on a CPU, with and without the products that take strips; a GPU has the launches themselves."""
+    if DEVICE.type != "cpu":
+        pytest.skip("not on a GPU")
     monkeypatch.setitem(sys.modules, "deft_plugin.ops.quack_kernels", quack_emulation)
     monkeypatch.setattr(quack_emulation, "HAS_STRIPS", request.param)
     monkeypatch.setattr(availability, "_quack_obstacles", lambda device: [])
     return quack_emulation
 
 
-def bfloat16_case(count: int = 200, vocab_size: int = 384, **options: Any) -> tuple[Case, Case]:
+def bfloat16_case(count: int = COUNT, vocab_size: int = 384, **options: Any) -> tuple[Case, Case]:
     """A case, and the same numbers in float64."""
     options = {"trainable": ("hidden", "weight"), "logit_std": (0.1, 30.0)} | options
     case = random_case(
@@ -80,23 +86,31 @@ def test_statistics_are_those_of_float32_logits(emulated: Any, vocab_size: int) 
     assert torch.equal(actual.is_top1, expected.is_top1)
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
-@pytest.mark.parametrize("tile_rows", [None, 128, 50])
 @with_objectives
-def test_gradients_are_the_formulas(
-    emulated: Any, name: str, parameters: dict[str, Any], tile_rows: int | None, vocab_size: int
+def test_every_objective_has_the_formulas_gradients(
+    emulated: Any, name: str, parameters: dict[str, Any]
 ) -> None:
-    case, exact = bfloat16_case(vocab_size=vocab_size)
-    options = {"parameters": parameters, "with_entropy": True}
-    actual = gated("quack", case, name, tile_rows=tile_rows, **options)
-    expected = gated("reference", exact, name, **options)
+    case, exact = bfloat16_case(60)
+    actual = gated("quack", case, name, parameters=parameters, tile_rows=25)
+    expected = gated("reference", exact, name, parameters=parameters)
     assert abs(actual.loss.item() / expected.loss.item() - 1) < 1e-5
     expected_gradients = gradients(expected.loss, exact)
     assert largest_error(gradients(actual.loss, case), expected_gradients) < GRADIENT_ERROR
 
 
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.parametrize(("count", "tile_rows"), [(COUNT, None), (COUNT, 50), (180, 128)])
+def test_tiles_of_any_size_have_the_formulas_gradients(
+    emulated: Any, count: int, tile_rows: int | None, vocab_size: int
+) -> None:
+    case, exact = bfloat16_case(count, vocab_size)
+    actual = gradients(gated("quack", case, tile_rows=tile_rows).loss, case)
+    expected = gradients(gated("reference", exact).loss, exact)
+    assert largest_error(actual, expected) < GRADIENT_ERROR
+
+
 def test_gradients_are_nearer_than_those_of_bfloat16_logits(emulated: Any) -> None:
-    case, exact = bfloat16_case(count=512)
+    case, exact = bfloat16_case()
     expected = gradients(gated("reference", exact).loss, exact)
     actual = gradients(gated("quack", case).loss, case)
     chunked = gradients(gated("chunked", case).loss, case)
@@ -107,15 +121,15 @@ def test_gradients_are_nearer_than_those_of_bfloat16_logits(emulated: Any) -> No
 @pytest.mark.parametrize("trainable", [("hidden",), ("weight",)])
 def test_either_operand_may_be_frozen(emulated: Any, trainable: tuple[str, ...]) -> None:
     case, exact = bfloat16_case(trainable=trainable)
-    actual = gradients(gated("quack", case, tile_rows=70).loss, case)
+    actual = gradients(gated("quack", case, tile_rows=40).loss, case)
     expected = gradients(gated("reference", exact).loss, exact)
     assert largest_error(actual, expected) < GRADIENT_ERROR
 
 
 def test_upstream_gradients_may_differ_between_tokens(emulated: Any) -> None:
     case, exact = bfloat16_case()
-    weights = torch.rand(200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    actual = gated("quack", case, tile_rows=70).token_loss
+    weights = torch.rand(COUNT, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    actual = gated("quack", case, tile_rows=40).token_loss
     expected = gated("reference", exact).token_loss
     actual_gradients = gradients((actual * weights.float()).sum(), case)
     expected_gradients = gradients((expected * weights).sum(), exact)
@@ -146,7 +160,7 @@ def test_an_evaluation_stores_no_exponentials(
     monkeypatch.setattr(quack_emulation, "exponentials", recorded)
     case, exact = bfloat16_case()
     with torch.no_grad():
-        actual = gated("quack", case, with_entropy=True, tile_rows=70)
+        actual = gated("quack", case, with_entropy=True, tile_rows=40)
     assert stored
     assert all(powers is None for powers in stored)
     expected = gated("reference", exact, with_entropy=True)
@@ -216,7 +230,8 @@ def test_a_target_far_below_the_largest_logit(emulated: Any, margin: float) -> N
         gradients(actual.loss, case), gradients(expected.loss, exact), strict=True
     ):
         assert ours.isfinite().all()
-        assert relative_error(ours, truth) < GRADIENT_ERROR
+        # Triton's interpreter cuts bfloat16 off where a GPU rounds.
+        assert relative_error(ours, truth) < 2**-7
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -232,7 +247,7 @@ def test_a_row_that_is_not_finite_is_loud_and_alone(emulated: Any, value: float)
     assert result.entropy is not None
     assert result.entropy[row].isnan()
     assert not result.is_top1[row]
-    others = torch.arange(200) != row
+    others = torch.arange(COUNT) != row
     assert result.log_p[others].isfinite().all()
     assert gradient[row].isnan().all()
     assert gradient[others].isfinite().all()
@@ -271,7 +286,6 @@ def test_the_error_is_what_quacks_own_glue_makes_of_it(
         powers, hidden, weight, targets, width, StatisticsRequest()
     )
     sums = empty_sums(128, torch.bfloat16, hidden.device)
-    sums_of_partials_(sums, partials, targets, width, powers)
     their_powers, loss, scale = powers.clone(), torch.empty(128), torch.empty(128)
     their_strips = torch.empty(vocab_size // 64, 128, dtype=torch.bfloat16)
     theirs.lce_glue(
@@ -287,8 +301,8 @@ def test_the_error_is_what_quacks_own_glue_makes_of_it(
         None,
         width,
     )
-    quack_tiles.put_target_(powers, partials, sums, targets, width)
-    strips = quack_tiles._strips(partials.exponents, width, torch.bfloat16)
+    sums_and_error_(sums, partials, targets, width, StatisticsRequest(), powers)
+    strips = quack_tiles._strips(tile_scales(partials.exponents, torch.bfloat16), width)
     statistics = statistics_of_sums(sums, vocab_size, StatisticsRequest())
     assert torch.equal(strips, their_strips)
     torch.testing.assert_close(-statistics.log_p, loss, rtol=1e-5, atol=1e-5)
@@ -330,6 +344,7 @@ def test_other_refusals(emulated: Any) -> None:
         linear_gated_loss(hidden, weight, torch.zeros(3, dtype=torch.int64), path="quack")
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="not on a GPU")
 def test_obstacles_are_named_together() -> None:
     with pytest.raises(ValueError, match=r"'cpu' is not on an NVIDIA GPU.*bfloat16.*has a bias"):
         gated("quack", random_case(3, 384, hidden_size=16, dtype=torch.float32, bias=True))

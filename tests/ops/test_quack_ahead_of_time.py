@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -29,6 +30,13 @@ SUMS = [
 @pytest.mark.parametrize("target", MOST_STACK)
 def test_every_product_compiles(target: str) -> None:
     reports, quacks_own = compiled_elsewhere(target)
+    between = [report for report in reports if "kernel" in report]
+    assert {(report["STORED"], report["COLLISION"], report["ENTROPY"]) for report in between} == {
+        *itertools.product([True], [False, True], [False, True]),
+        (False, True, True),
+    }
+    assert all(report["spilled"] == 0 for report in between)
+    reports = [report for report in reports if "kernel" not in report]
     with_sums = [report for report in reports if report["sums"]]
     of_gradients = [report for report in reports if not report["sums"]]
     assert (len(with_sums), len(of_gradients)) == COUNTS[target]
