@@ -216,6 +216,20 @@ def test_what_is_left_of_a_certain_token_does_not_cancel(emulated: Any, other: i
     assert ((error.sum(1) / exact_missed - 1).abs() < 2**-6).all()
 
 
+def test_a_sum_that_was_rounded_down_leaves_nothing_negative(emulated: Any) -> None:
+    """As a GPU's sums and powers may differ in their last bit, in an evaluation of a certain token."""
+    case, _ = one_hot_case([60.0], other=100)
+    request = StatisticsRequest()
+    partials = quack_emulation.exponentials(
+        None, case.hidden.detach(), case.weight.detach(), case.targets, 192, request
+    )
+    partials.powers[:, 0] *= 1 - 2**-22
+    sums = empty_sums(1, torch.bfloat16, DEVICE)
+    sums_and_error_(sums, partials, case.targets, 192, request, None)
+    log_p = statistics_of_sums(sums, 384, request).log_p
+    assert -1e-6 < log_p.item() <= 0
+
+
 @pytest.mark.parametrize("margin", [-50.0, -90.0, -200.0, -1000.0])
 def test_a_target_far_below_the_largest_logit(emulated: Any, margin: float) -> None:
     """Its tile is so far below that neither it nor its entry has room in bfloat16 at one scale."""
