@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from deft_plugin.ops import availability
 from deft_plugin.ops.sums import StatisticsRequest
 
