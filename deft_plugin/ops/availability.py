@@ -20,6 +20,7 @@ QUACK_VERSION = "0.6."
 # Rows of QuACK's tile over the vocabulary, and elements of bfloat16 in the 16 bytes that its copies are aligned to.
 QUACK_VOCABULARY_MULTIPLE = 128
 QUACK_HIDDEN_MULTIPLE = 8
+QUACK_ALIGNMENT = 16
 
 
 def chooses_triton(path: str, device: torch.device) -> bool:
@@ -75,6 +76,8 @@ def refuse_where_quack_cannot(
         )
     if not weight.is_contiguous():
         obstacles.append(f"weight is not contiguous; its strides are {weight.stride()}.")
+    if weight.data_ptr() % QUACK_ALIGNMENT:
+        obstacles.append(f"weight does not begin at a multiple of {QUACK_ALIGNMENT} bytes.")
     _refuse_quack(obstacles)
 
 

@@ -105,7 +105,7 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
         options: tile, cluster and the like.
         registers: of a thread.
         stack: bytes of a thread that are not in registers.
-        fused, multiplications: `arithmetic`, where all sums are formed.
+        fused, multiplications: `arithmetic` of the first product that forms all sums.
         seconds: CPU time of the compilation.
     """
     import quack.gemm_runtime.host
@@ -118,7 +118,8 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
     quack.gemm_runtime.host.get_max_active_clusters = lambda *_, **__: 1
     torch.cuda.device = contextlib.nullcontext  # type: ignore[assignment,misc]
     folder = Path(os.environ["CUTE_DSL_DUMP_DIR"])
-    reports = []
+    reports: list[dict[str, Any]] = []
+    disassembled: list[Path] = []
     launch = EpiMod.gemm
 
     def compile_only(self: Any, left: Any, right: Any, result: Any, **options: Any) -> Any:
@@ -132,9 +133,11 @@ def compile_all(target: str) -> Iterator[dict[str, Any]]:
                     **described(self, left, right, result, options),
                     "seconds": round(seconds, 1),
                     **resources(*binaries),
-                    **(arithmetic(*binaries) if len(self.sinks) == 4 else {}),
+                    **(arithmetic(*binaries) if len(self.sinks) == 4 and not disassembled else {}),
                 }
             )
+            if len(self.sinks) == 4:
+                disassembled.extend(binaries)
         for file in folder.iterdir():
             file.unlink()
         return plan

@@ -38,6 +38,11 @@ def test_other_refusals(emulated: Any) -> None:
         gated("quack", case, "eaft")
     with pytest.raises(ValueError, match="skip_below would be ignored with path='quack'"):
         gated("quack", case, skip_below=0.1)
+    shifted = torch.zeros(128 * 16 + 1).bfloat16()[1:].view(128, 16)
+    with pytest.raises(ValueError, match="does not begin at a multiple of 16 bytes"):
+        linear_gated_loss(
+            torch.zeros(3, 16).bfloat16(), shifted, torch.zeros(3, dtype=torch.int64), path="quack"
+        )
     hidden, weight = torch.zeros(3, 128).bfloat16(), torch.zeros(128, 128).bfloat16().t()
     with pytest.raises(ValueError, match=r"weight is not contiguous; its strides are \(1, 128\)"):
         linear_gated_loss(hidden, weight, torch.zeros(3, dtype=torch.int64), path="quack")
