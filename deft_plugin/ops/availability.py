@@ -107,7 +107,7 @@ def _quack_package() -> str | None:
     try:
         version = importlib.metadata.version("quack-kernels")
     except importlib.metadata.PackageNotFoundError:
-        return 'quack-kernels is not installed (pip install "deft_plugin[quack]").'
+        return "quack-kernels is not installed; it comes with the extra 'quack'."
     if not version.startswith(QUACK_VERSION):
         return (
             f"quack-kernels is {version}, and it needs {QUACK_VERSION}x, whose inner parts it uses."
