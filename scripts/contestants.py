@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from benchmark_job import IGNORED
-from contestant import Contestant, Loss, Needs
+from contestant import HOPPER, Contestant, Loss, Needs
 from public_losses import PUBLIC_LOSSES
 from torch import Tensor
 
@@ -17,6 +17,13 @@ FORMULA = "formula on full logits"
 OURS, OUR_NLL = "deft_plugin deft", "deft_plugin nll"
 PRODUCTS = "matrix products alone"
 PRODUCTS_TILE_BYTES = 2**30
+QUACK = Needs(
+    ("quack", "cutlass"),
+    least_capability=HOPPER,
+    dtypes=("bfloat16",),
+    vocab_multiple=128,
+    hidden_multiple=8,
+)
 
 
 def formula(objective: str) -> Loss:
@@ -111,11 +118,13 @@ CONTESTANTS = {
     "deft_plugin deft, entropy": _ours(
         "deft", remark="with each token's entropy, as TRL always asks for", with_entropy=True
     ),
+    "deft_plugin deft, quack": _ours("deft", QUACK, path="quack"),
     "deft_plugin deft, skipping": _ours("deft", skip_below=2**-9),
     "deft_plugin cayley_trans": _ours(
         "cayley_trans", remark="with a call's own mean, which a trainer knows beforehand"
     ),
     OUR_NLL: _ours("nll"),
+    "deft_plugin nll, quack": _ours("nll", QUACK, path="quack"),
     **PUBLIC_LOSSES,
     PRODUCTS: Contestant("", _products_alone),
 }

@@ -199,13 +199,14 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
     assert "DoRA on lm_head" in errors[3]
 
 
+@pytest.mark.parametrize("path", ["triton", "quack"])
 def test_a_path_that_cannot_run_here_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    values = {"loss_type": "deft", "loss_kwargs": {"path": "triton"}}
+    values = {"loss_type": "deft", "loss_kwargs": {"path": path}}
     (error,) = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **values)
-    assert "On this machine, path='triton' cannot run" in error
+    assert f"On this machine, path='{path}' cannot run" in error
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:

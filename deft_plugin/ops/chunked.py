@@ -12,7 +12,7 @@ A low-rank addition to the weight is a second pair of hidden and weight, of few 
 
 Only where a gate depends on the whole batch and must come first, for a trainable head or for `skip_below`, is
 there a separate pass for the statistics, one product more. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
-(`triton_fold`); all else is the same.
+(`triton_fold`), or has no logits in the first place (`quack_tiles`); all else is the same.
 """
 
 from __future__ import annotations

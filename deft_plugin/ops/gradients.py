@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .products import add_outer_, project_back_
 from .projection import Operands
 from .skipping import Kept, row_masses, what_earns
 from .sums import statistics_dtype
@@ -78,47 +79,47 @@ class Gradients:
             targets = head.targets[tile.positions]
             kept = what_earns(tile.error, scale, bound, targets, head.skip_below, head.shard)
             self.skipped[tile.positions] = kept.skipped_share(scale.numel(), vocab_size)
-        error = kept.of_error(tile.error)
-        self._add_per_token(tile.positions, error, kept)
+            tile = replace(tile, error=kept.of_error(tile.error))
+        self._add_per_token(tile, kept)
         if self.need_gate:
             assert scale is not None
-            self._add_per_weight(tile.positions, error, scale.unsqueeze(1), kept)
+            self._add_per_weight(tile, scale.unsqueeze(1), kept)
 
-    def _add_per_token(self, positions: slice, error: Tensor, kept: Kept) -> None:
+    def _add_per_token(self, tile: Tile, kept: Kept) -> None:
         """Put error @ weight into the rows of hidden and low_rank_hidden."""
         gradients = (self.hidden, self.low_rank_hidden)
         if all(gradient is None for gradient in gradients):
             return
-        error = error.to(self.head.product_dtype)
         for (_, weight), gradient in zip(self.operands.products(), gradients, strict=False):
             if gradient is None:
                 continue
-            weight, rows = kept.of_columns(weight), gradient[positions]
+            weight, rows = kept.of_columns(weight), gradient[tile.positions]
             if kept.rows is None:
-                project_back_(rows, error, weight)
+                tile.project_back_(rows, weight)
             else:
-                product = gradient.new_empty(error.size(0), gradient.size(1))
-                project_back_(product, error, weight)
+                product = gradient.new_empty(kept.rows.numel(), gradient.size(1))
+                tile.project_back_(product, weight)
                 rows.index_copy_(0, kept.rows, product)
 
-    def _add_per_weight(self, positions: slice, error: Tensor, scale: Tensor, kept: Kept) -> None:
+    def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Kept) -> None:
         """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
-        rows, scale = self.head.rows_of(positions), kept.of_rows(scale)
+        rows, scale = self.head.rows_of(tile.positions), kept.of_rows(scale)
+        dtype = tile.error.dtype
         for (hidden, _), gradient in zip(
             self.operands.products(), (self.weight, self.low_rank_weight), strict=False
         ):
             if gradient is not None:
                 scaled = kept.of_rows(hidden[rows]) * scale
-                self._add_outer(gradient, error, scaled.to(error.dtype), kept)
+                self._add_outer(gradient, tile, scaled.to(dtype), kept)
         if self.bias is not None:
-            self._add_outer(self.bias.unsqueeze(1), error, scale.to(error.dtype), kept)
+            self._add_outer(self.bias.unsqueeze(1), tile, scale.to(dtype), kept)
         self._keep = 1
 
-    def _add_outer(self, gradient: Tensor, error: Tensor, scaled: Tensor, kept: Kept) -> None:
+    def _add_outer(self, gradient: Tensor, tile: Tile, scaled: Tensor, kept: Kept) -> None:
         """Add error.T @ scaled to the rows of the vocabulary entries that stay."""
         if kept.columns is None:
-            add_outer_(gradient, self._keep, error, scaled)
+            tile.add_outer_(gradient, self._keep, scaled)
             return
-        product = gradient.new_empty(error.size(1), gradient.size(1))
-        add_outer_(product, 0, error, scaled)
+        product = gradient.new_empty(kept.columns.numel(), gradient.size(1))
+        tile.add_outer_(product, 0, scaled)
         gradient.index_add_(0, kept.columns, product)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, build_objective
-from .availability import chooses_triton
+from .availability import chooses_triton, refuse_where_quack_cannot
 from .chunked import chunked_token_loss
 from .output import GatedLoss, Reduction, assemble, check_reduction
 from .projection import LogitsTransform, Operands, product_dtype, project
@@ -68,13 +68,17 @@ def linear_gated_loss(
             optimizer step on all ranks.
         with_entropy: also return the Shannon entropy of every valid token.
         path: "triton" (a GPU, or TRITON_INTERPRET=1), "chunked" (PyTorch, any device), "reference" (full
-            logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked.
+            logits and autograd; slow), or "auto": Triton on a GPU where it can be had, else chunked. "quack", never
+            chosen by "auto", forms exponentials in the product itself: Hopper and Blackwell, bfloat16, with the
+            extra `quack` installed; no bias, low rank, logit_scale, softcap or top-k entropy; V a multiple
+            of 128 and H of 8, weight contiguous.
         tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
             64 MiB on a CPU and 1 GiB elsewhere, of at most 1,024 tokens where the weight is frozen.
         skip_below: the share of a tile's gradient in its logits, gates included and in the L1 norm, that the
             gradients' products may lose: the vocabulary entries and tokens that hold the least are left out, up to
             this share, and the result's `skipped` says how many. 0, the default, leaves none out. 2**-9 loses
-            less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for path "reference".
+            less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for paths
+            "quack" and "reference".
         shard: weight, bias and low_rank_weight are this rank's rows of an lm_head sharded over ranks (tensor
             parallelism), while hidden, low_rank_hidden and targets are the same on all of them. Collective, in the
             forward pass and, where upstream gradients differ between tokens, in the backward pass; loss
@@ -83,7 +87,7 @@ def linear_gated_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a target out of range, an unknown objective,
-            parameter, path or reduction; path "triton" where it cannot run; a shard on another path than
+            parameter, path or reduction; path "triton" or "quack" where it cannot run; a shard on another path than
             "chunked", or one of another size than the weight.
 
     Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
@@ -122,6 +126,9 @@ def linear_gated_loss(
         total, gate, skipped = token_loss.sum(), objective.gate(statistics), None
     else:
         dtype = product_dtype(hidden, weight)
+        use_quack = path == "quack"
+        if use_quack:
+            refuse_where_quack_cannot(operands, transform, request, dtype)
         use_triton = chooses_triton(path, hidden.device)
         trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
@@ -136,12 +143,13 @@ def linear_gated_loss(
             or default_tile_rows(
                 valid.targets.numel(),
                 weight.size(0) if shard is None else shard.largest_size,
-                buffer_dtype(dtype, use_triton),
+                buffer_dtype(dtype, use_triton or use_quack),
                 hidden.device,
                 trainable,
                 skipping=skip_below > 0,
             ),
             use_triton=use_triton,
+            use_quack=use_quack,
             skip_below=skip_below,
             shard=shard,
         )

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Path = Literal["auto", "triton", "chunked", "reference"]
-PATHS: tuple[str, ...] = ("auto", "triton", "chunked", "reference")
+Path = Literal["auto", "triton", "quack", "chunked", "reference"]
+PATHS: tuple[str, ...] = ("auto", "triton", "quack", "chunked", "reference")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class CoreSettings:
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if not is_number or not 0 <= share < 1:
             raise ValueError(f"skip_below is {share!r}; it must be a number in [0, 1).")
-        if share and self.path == "reference":
-            raise ValueError("skip_below would be ignored with path='reference': set it to 0.")
+        if share and self.path in ("quack", "reference"):
+            raise ValueError(f"skip_below would be ignored with path={self.path!r}: set it to 0.")
 
 
 def split_settings(parameters: Mapping[str, Any]) -> tuple[CoreSettings, dict[str, Any]]:

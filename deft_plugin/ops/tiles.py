@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics
-from .products import add_product_, project_
+from .products import add_outer_, add_product_, project_, project_back_
 from .projection import LogitsTransform, Operands
 from .shard import VocabularyShard
 from .softmax import fold_, top_k_entropy
@@ -39,6 +39,7 @@ class Head:
         product_dtype: dtype of the matrix products (the autocast dtype under autocast).
         tile_rows: number of tokens per tile.
         use_triton: whether Triton's kernel folds the tiles.
+        use_quack: whether QuACK's products make and consume them.
         skip_below: the share of a tile's gradient in its logits that the products may lose; 0 for none.
         shard: which part of the vocabulary the weight is; None for all of it.
     """
@@ -52,13 +53,14 @@ class Head:
     product_dtype: torch.dtype
     tile_rows: int
     use_triton: bool
+    use_quack: bool = False
     skip_below: float = 0.0
     shard: VocabularyShard | None = None
 
     @property
     def buffer_dtype(self) -> torch.dtype:
         """Of a tile's logits."""
-        return buffer_dtype(self.product_dtype, self.use_triton)
+        return buffer_dtype(self.product_dtype, self.use_triton or self.use_quack)
 
     def rows_of(self, positions: slice) -> Tensor | slice:
         """Which rows of `hidden` the tokens at these positions are."""
@@ -78,6 +80,14 @@ class Tile:
     positions: slice
     error: Tensor
     row_factor: Tensor
+
+    def project_back_(self, gradient: Tensor, weight: Tensor) -> None:
+        """gradient = error @ weight; (n, H) and (V, H) of the products' dtype."""
+        project_back_(gradient, self.error.to(gradient.dtype), weight)
+
+    def add_outer_(self, gradient: Tensor, keep: int, hidden: Tensor) -> None:
+        """gradient = keep * gradient + error.T @ hidden; (V, H) and (n, H), the latter of the error's dtype."""
+        add_outer_(gradient, keep, self.error, hidden)
 
 
 class FoldedTiles:
@@ -101,6 +111,11 @@ class FoldedTiles:
             form_error: whether the tiles' errors are wanted beside their statistics.
         """
         head, bias = self.head, self.operands.bias
+        if head.use_quack:
+            from .quack_tiles import quack_tiles
+
+            yield from quack_tiles(self.operands, head, self.sums, form_error)
+            return
         vocab_size = self.operands.weight.size(0)
         row_size = vocab_size
         if head.use_triton:
@@ -160,9 +175,9 @@ class FoldedTiles:
         fold_(rows, bias, transform, targets, request, sums, form_error, shard, limit_error)
 
 
-def buffer_dtype(product_dtype: torch.dtype, use_triton: bool) -> torch.dtype:
+def buffer_dtype(product_dtype: torch.dtype, use_kernel: bool) -> torch.dtype:
     """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
-    return product_dtype if use_triton else statistics_dtype(product_dtype)
+    return product_dtype if use_kernel else statistics_dtype(product_dtype)
 
 
 def tile_positions(count: int, tile_rows: int) -> Iterator[slice]:

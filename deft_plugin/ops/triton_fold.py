@@ -219,7 +219,7 @@ def triton_fold_(
     """
     if not logits.size(0):
         return
-    with _current(logits.device):
+    with current_device(logits.device):
         _fold_kernel[(logits.size(0),)](
             logits,
             logits.stride(0),
@@ -280,7 +280,7 @@ def launch_options(
     }
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """`device` as the current one, which is where Triton launches whatever its arguments are on."""
     if device.type == "cpu":
         return contextlib.nullcontext()

@@ -168,7 +168,7 @@ def test_targets_are_checked_against_the_whole_vocabulary(tmp_path: Path) -> Non
                 ValueError, match=rf"weight has {rows} rows, and .* is 4, from {4 * rank}"
             ):
                 linear_gated_loss(hidden, torch.randn(rows, 3), torch.tensor([0, 7]), shard=shard)
-        for path in ("triton", "reference"):
+        for path in ("triton", "quack", "reference"):
             with pytest.raises(
                 ValueError, match=f"path='{path}' cannot run on a sharded vocabulary"
             ):

@@ -12,7 +12,17 @@ WORDS = [
     *objective_names(),
     *("scope", "ema", "global", "fixed", "micro_batch", "floor_coefficient", "mean_probability"),
     *("decay", "minimum", "a", "k", "exponent", "normalizer", "entropy", "full", "top_k"),
-    *("path", "tile_rows", "skip_below", "module", "auto", "chunked", "triton", "reference"),
+    *(
+        "path",
+        "tile_rows",
+        "skip_below",
+        "module",
+        "auto",
+        "chunked",
+        "triton",
+        "quack",
+        "reference",
+    ),
     *("", "auto ", "DEFT", "nan", "0.5", "é", "null", "true"),
 ]
 scalars = st.one_of(

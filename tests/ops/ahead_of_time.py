@@ -122,7 +122,7 @@ def compiled(case: dict[str, Any], target: str) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"elements": constants["BLOCK"] // (warps * threads)}
     if target in CUDA:
-        return result | _cuda_report(binary.asm["ptx"], CUDA[target])
+        return result | cuda_report(binary.asm["ptx"], CUDA[target])
     assembly = binary.asm["amdgcn"]
     return result | {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1)),  # type: ignore[union-attr]
@@ -131,7 +131,7 @@ def compiled(case: dict[str, Any], target: str) -> dict[str, Any]:
     }
 
 
-def _cuda_report(ptx: str, capability: int) -> dict[str, Any]:
+def cuda_report(ptx: str, capability: int) -> dict[str, Any]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

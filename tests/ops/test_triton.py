@@ -123,7 +123,7 @@ def test_the_kernel_is_launched_with_the_logits_device_as_the_current_one(
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **kwargs: launched.append((grid, list(current)))
 
-    monkeypatch.setattr(triton_fold, "_current", entered)
+    monkeypatch.setattr(triton_fold, "current_device", entered)
     monkeypatch.setattr(triton_fold, "_fold_kernel", Kernel())
     logits = torch.zeros(3, 64, device=DEVICE)
     targets = torch.zeros(3, dtype=torch.int64, device=DEVICE)

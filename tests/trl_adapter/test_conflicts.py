@@ -190,6 +190,9 @@ def test_a_path_that_cannot_run_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     availability._obstacle.cache_clear()
     try:
-        refuse(config(tmp_path, loss_kwargs={"path": "triton"}), "path='triton' cannot run.*'auto'")
+        for path in ("triton", "quack"):
+            refuse(
+                config(tmp_path, loss_kwargs={"path": path}), f"path='{path}' cannot run.*'auto'"
+            )
     finally:
         availability._obstacle.cache_clear()
