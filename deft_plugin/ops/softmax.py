@@ -18,7 +18,7 @@ from .shard import VocabularyShard
 from .sums import StatisticsRequest, Sums, statistics_dtype
 
 # Rows folded at a time on a CPU: their logits stay in its cache from one operation to the next.
-CPU_ROWS = 64
+CPU_ROWS = 32
 # Bytes of float32 logits that a top-k entropy is taken of at a time.
 TOP_K_BYTES = 32 * 2**20
 
