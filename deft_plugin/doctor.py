@@ -35,7 +35,7 @@ from packaging.requirements import Requirement
 
 from .objectives import build_objective
 from .ops import linear_gated_loss
-from .ops.availability import chooses_triton
+from .ops.availability import resolve_path
 
 AXOLOTL_PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
 # The class may be named by the module that defines it too.
@@ -78,7 +78,7 @@ def check_environment() -> Iterator[Finding]:
     yield Finding("ok", f"Python {platform.python_version()}")
     yield from _check_versions()
     device = _device()
-    path = "triton" if chooses_triton("auto", device) else "chunked"
+    path = resolve_path("auto", device)
     yield Finding("ok", f"device {device.type}: losses run on the {path} path")
     yield _check_loss(device)
     if _installed("axolotl"):
@@ -304,7 +304,7 @@ def _deepspeed_problems(config: Any) -> list[str]:
 def _path_problems(path: str, device: torch.device) -> list[str]:
     """What keeps the loss from being computed on this path here."""
     try:
-        chooses_triton(path, device)
+        resolve_path(path, device)
     except ValueError as error:
         return [f"On this machine, {error}"]
     return []

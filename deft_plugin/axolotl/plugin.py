@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from ..head import gated_head_of
 from ..lm_head import lm_head_of
 from ..objectives import Objective, build_objective
-from ..ops.availability import chooses_triton
+from ..ops.availability import resolve_path
 from .adjustments import adjust
 from .args import INPUT_ARGS, DEFTSettings, is_listed
 from .trainer import DEFTTrainer
@@ -117,13 +117,11 @@ def _summary(trainer: DEFTTrainer, objective: Objective) -> str:
     head = gated_head_of(trainer.model)
     assert head is not None
     trains = any(parameter.requires_grad for parameter in lm_head_of(head.model).parameters())
-    path = (
-        "triton" if chooses_triton(head.settings.path, trainer.args.device) else head.settings.path
-    )
+    path = resolve_path(head.settings.path, trainer.args.device)
     return (
         f"objective {objective!r}; gated head on {type(head.model).__name__} "
         f"({'trainable' if trains else 'frozen'} lm_head, path "
-        f"{path.replace('auto', 'chunked')}); loss over the tokens of the whole optimizer step on "
+        f"{path}); loss over the tokens of the whole optimizer step on "
         f"{trainer.args.world_size} rank(s)."
     )
 

@@ -23,25 +23,24 @@ QUACK_HIDDEN_MULTIPLE = 8
 QUACK_ALIGNMENT = 16
 
 
-def chooses_triton(path: str, device: torch.device) -> bool:
-    """Whether `path` on `device` means Triton.
+def resolve_path(path: str, device: torch.device) -> str:
+    """`path`, or what "auto" means on `device`.
 
     Raises:
         ValueError: path is "triton" or "quack", and it cannot run there; the message says why.
     """
     if path == "quack":
         _refuse_quack(_quack_obstacles(device))
-    if path == "triton":
-        obstacle = _obstacle(device.type)
-        if obstacle:
-            raise ValueError(f"path='triton' cannot run: {obstacle} Use 'auto' or 'chunked'.")
-        return True
-    if path != "auto" or device.type not in TRITON_DEVICES:
-        return False
+    if path == "triton" and (obstacle := _obstacle(device.type)):
+        raise ValueError(f"path='triton' cannot run: {obstacle} Use 'auto' or 'chunked'.")
+    if path != "auto":
+        return path
+    if device.type not in TRITON_DEVICES:
+        return "chunked"
     obstacle = _obstacle(device.type)
     if obstacle:
         _tell_once(obstacle)
-    return not obstacle
+    return "chunked" if obstacle else "triton"
 
 
 def refuse_where_quack_cannot(
@@ -119,7 +118,6 @@ def _quack_package() -> str | None:
     return None
 
 
-@functools.cache
 def _obstacle(device_type: str) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
     if device_type not in TRITON_DEVICES and not interpreted:
@@ -127,6 +125,11 @@ def _obstacle(device_type: str) -> str | None:
             f"a tensor on {device_type!r} is not on a GPU (and TRITON_INTERPRET=1, which runs kernels "
             "in Triton's interpreter, is not set)."
         )
+    return _triton_package()
+
+
+@functools.cache
+def _triton_package() -> str | None:
     try:
         from . import triton_fold  # noqa: F401
     except Exception as error:

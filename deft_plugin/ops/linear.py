@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..objectives import Objective, build_objective
-from .availability import chooses_triton, refuse_where_quack_cannot
+from .availability import refuse_where_quack_cannot, resolve_path
 from .chunked import chunked_token_loss
 from .output import GatedLoss, Reduction, assemble, check_reduction
 from .projection import LogitsTransform, Operands, product_dtype, project
 from .reference import reference_token_loss
-from .settings import CoreSettings, Path
+from .settings import CoreSettings, Path, TiledPath
 from .shard import VocabularyShard
 from .sums import StatisticsRequest
 from .targets import CountedTargets, ValidTargets, described
@@ -126,10 +126,9 @@ def linear_gated_loss(
         total, gate, skipped = token_loss.sum(), objective.gate(statistics), None
     else:
         dtype = product_dtype(hidden, weight)
-        use_quack = path == "quack"
-        if use_quack:
+        if path == "quack":
             refuse_where_quack_cannot(operands, transform, request, dtype)
-        use_triton = chooses_triton(path, hidden.device)
+        tiled_path = cast(TiledPath, resolve_path(path, hidden.device))
         trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
             objective=objective,
@@ -143,13 +142,12 @@ def linear_gated_loss(
             or default_tile_rows(
                 valid.targets.numel(),
                 weight.size(0) if shard is None else shard.largest_size,
-                buffer_dtype(dtype, use_triton or use_quack),
+                buffer_dtype(dtype, tiled_path),
                 hidden.device,
                 trainable,
                 skipping=skip_below > 0,
             ),
-            use_triton=use_triton,
-            use_quack=use_quack,
+            path=tiled_path,
             skip_below=skip_below,
             shard=shard,
         )

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 Path = Literal["auto", "triton", "quack", "chunked", "reference"]
 PATHS: tuple[str, ...] = ("auto", "triton", "quack", "chunked", "reference")
+# What computes the tiles.
+TiledPath = Literal["triton", "quack", "chunked"]
 
 
 @dataclass(frozen=True)

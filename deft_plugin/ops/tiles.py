@@ -11,6 +11,7 @@ from torch import Tensor
 from ..objectives import Objective, TokenStatistics
 from .products import add_outer_, add_product_, project_, project_back_
 from .projection import LogitsTransform, Operands
+from .settings import TiledPath
 from .shard import VocabularyShard
 from .softmax import fold_, top_k_entropy
 from .sums import StatisticsRequest, empty_sums, statistics_dtype, statistics_of_sums
@@ -38,8 +39,7 @@ class Head:
         vocab_size: number of logits of a token, V, on all ranks together.
         product_dtype: dtype of the matrix products (the autocast dtype under autocast).
         tile_rows: number of tokens per tile.
-        use_triton: whether Triton's kernel folds the tiles.
-        use_quack: whether QuACK's products make and consume them.
+        path: what makes, folds and multiplies the tiles.
         skip_below: the share of a tile's gradient in its logits that the products may lose; 0 for none.
         shard: which part of the vocabulary the weight is; None for all of it.
     """
@@ -52,15 +52,14 @@ class Head:
     vocab_size: int
     product_dtype: torch.dtype
     tile_rows: int
-    use_triton: bool
-    use_quack: bool = False
+    path: TiledPath
     skip_below: float = 0.0
     shard: VocabularyShard | None = None
 
     @property
     def buffer_dtype(self) -> torch.dtype:
         """Of a tile's logits."""
-        return buffer_dtype(self.product_dtype, self.use_triton or self.use_quack)
+        return buffer_dtype(self.product_dtype, self.path)
 
     def rows_of(self, positions: slice) -> Tensor | slice:
         """Which rows of `hidden` the tokens at these positions are."""
@@ -111,14 +110,14 @@ class FoldedTiles:
             form_error: whether the tiles' errors are wanted beside their statistics.
         """
         head, bias = self.head, self.operands.bias
-        if head.use_quack:
+        if head.path == "quack":
             from .quack_tiles import quack_tiles
 
             yield from quack_tiles(self.operands, head, self.sums, form_error)
             return
         vocab_size = self.operands.weight.size(0)
         row_size = vocab_size
-        if head.use_triton:
+        if head.path == "triton":
             from .triton_fold import padded_vocab_size
 
             row_size = padded_vocab_size(vocab_size)
@@ -166,7 +165,7 @@ class FoldedTiles:
             self.top_k[positions] = top_k_entropy(
                 rows[:, :vocab_size], self.operands.bias, transform, request.top_k, shard
             )
-        if head.use_triton:
+        if head.path == "triton":
             from .triton_fold import triton_fold_
 
             triton_fold_(rows, vocab_size, bias, transform, targets, request, sums, form_error)
@@ -175,9 +174,9 @@ class FoldedTiles:
         fold_(rows, bias, transform, targets, request, sums, form_error, shard, limit_error)
 
 
-def buffer_dtype(product_dtype: torch.dtype, use_kernel: bool) -> torch.dtype:
+def buffer_dtype(product_dtype: torch.dtype, path: TiledPath) -> torch.dtype:
     """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
-    return product_dtype if use_kernel else statistics_dtype(product_dtype)
+    return statistics_dtype(product_dtype) if path == "chunked" else product_dtype
 
 
 def tile_positions(count: int, tile_rows: int) -> Iterator[slice]:

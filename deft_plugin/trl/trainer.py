@@ -30,7 +30,7 @@ from ..checks import check_data, tokenizer_of
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
 from ..objectives import Objective
 from ..ops import CoreSettings
-from ..ops.availability import chooses_triton
+from ..ops.availability import resolve_path
 from ..parallelism import check_lengths, count_tokens_of_step, scoring_parts
 from ..quantization import keep_cpu_weights_unpacked
 from ..substitution import attribute_of
@@ -113,7 +113,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
             original["__init__"](self, *args, **kwargs)
             return
         settings = core_settings_of(training_args)
-        chooses_triton(settings.path, training_args.device)
+        resolve_path(settings.path, training_args.device)
         check_conflicts(type(self), arguments, objective.name)
         _keep_ligers_other_kernels(training_args, objective.name)
         with _stand_in(training_args), _without_trls_head():

@@ -80,8 +80,7 @@ def walk(case: dict[str, Any]) -> None:
         tile_rows=default_tile_rows(
             count, vocab_size, torch.bfloat16, torch.device("cuda"), case["trainable"]
         ),
-        use_triton=False,
-        use_quack=True,
+        path="quack",
     )
     wanted = frozenset({"hidden", "weight"} if case["trainable"] else {"hidden"})
     gradients = Gradients(operands, head, wanted)

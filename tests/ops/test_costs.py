@@ -202,7 +202,7 @@ def test_launches_a_tile(
     monkeypatch.setattr(
         "deft_plugin.ops.triton_fold.triton_fold_", lambda *arguments, **options: None
     )
-    monkeypatch.setattr("deft_plugin.ops.linear.chooses_triton", lambda path, device: True)
+    monkeypatch.setattr("deft_plugin.ops.linear.resolve_path", lambda path, device: "triton")
 
     def launches(count: int) -> list[str]:
         """With tiles of 4 tokens."""

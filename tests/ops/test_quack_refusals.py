@@ -53,7 +53,7 @@ def test_obstacles_are_named_together() -> None:
     with pytest.raises(ValueError, match=r"'cpu' is not on an NVIDIA GPU.*bfloat16.*has a bias"):
         gated("quack", random_case(3, 384, hidden_size=16, dtype=torch.float32, bias=True))
     with pytest.raises(ValueError, match="path='quack' cannot run: a tensor on 'cpu'"):
-        availability.chooses_triton("quack", torch.device("cpu"))
+        availability.resolve_path("quack", torch.device("cpu"))
 
 
 def test_a_gpu_of_another_capability_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_gpu_of_another_capability_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     with pytest.raises(ValueError, match=r"A GPU has compute capability 8\.9, and it is for 9\.x"):
-        availability.chooses_triton("quack", torch.device("cuda"))
+        availability.resolve_path("quack", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_another_version_is_refused(
     availability._quack_package.cache_clear()
     try:
         with pytest.raises(ValueError, match=message):
-            availability.chooses_triton("quack", torch.device("cpu"))
+            availability.resolve_path("quack", torch.device("cpu"))
     finally:
         availability._quack_package.cache_clear()
 

@@ -41,12 +41,10 @@ gpu = [
 
 @pytest.fixture(autouse=True)
 def fresh_choice() -> Any:
-    """Nothing is remembered of an earlier test's choice of a path."""
-    for function in (availability._obstacle, availability._tell_once):
-        function.cache_clear()
+    """Nothing is remembered of what an earlier test was told."""
+    availability._tell_once.cache_clear()
     yield
-    for function in (availability._obstacle, availability._tell_once):
-        function.cache_clear()
+    availability._tell_once.cache_clear()
 
 
 @runs
@@ -135,7 +133,7 @@ def test_the_kernel_is_launched_with_the_logits_device_as_the_current_one(
 
 def test_a_cpu_takes_the_chunked_path_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert not availability.chooses_triton("auto", torch.device("cpu"))
+        assert availability.resolve_path("auto", torch.device("cpu")) == "chunked"
     assert not caplog.records
 
 
@@ -145,7 +143,7 @@ def test_a_gpu_without_triton_says_once_why_it_runs_the_chunked_path(
     monkeypatch.setattr(availability, "_obstacle", lambda device: "Triton cannot be imported.")
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert not availability.chooses_triton("auto", torch.device("cuda"))
+            assert availability.resolve_path("auto", torch.device("cuda")) == "chunked"
     assert [record.getMessage() for record in caplog.records] == [
         "Losses run on the chunked PyTorch path: Triton cannot be imported."
     ]
@@ -164,7 +162,7 @@ class TestOnAGPU:
     pytestmark = gpu
 
     def test_auto_is_triton(self) -> None:
-        assert availability.chooses_triton("auto", DEVICE)
+        assert availability.resolve_path("auto", DEVICE) == "triton"
 
     def test_a_forward_synchronises_with_the_host_once_and_a_backward_never(self) -> None:
         case = random_case(300, 1000, dtype=torch.bfloat16, masked_share=0.3)
