@@ -199,31 +199,42 @@ def power_of_two(share: float) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Time over error, a line for each input and head."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    lines = dict.fromkeys((row.inputs, row.head) for row in rows)
-    for inputs, head in lines:
-        points = [row for row in rows if (row.inputs, row.head) == (inputs, head) and row.share]
+    """Time over error, a line for each input and head that leaves anything out."""
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    left_out = [row for row in rows if row.skipped]
+    colours = {
+        name: f"C{index}" for index, name in enumerate(dict.fromkeys(r.inputs for r in rows))
+    }
+    for inputs, head in dict.fromkeys((row.inputs, row.head) for row in left_out):
+        points = [row for row in left_out if (row.inputs, row.head) == (inputs, head)]
         axis.plot(
             [row.hidden_error for row in points],
             [row.time_ratio for row in points],
-            marker="o" if head == "frozen" else "s",
+            color=colours[inputs],
+            marker="o",
+            markersize=4,
             linestyle="-" if head == "frozen" else "--",
             label=f"{inputs}, {head}",
         )
         for row in points:
             axis.annotate(
-                power_of_two(row.share), (row.hidden_error, row.time_ratio), fontsize=6, ha="right"
+                power_of_two(row.share),
+                (row.hidden_error, row.time_ratio),
+                (3, 3),
+                textcoords="offset points",
+                fontsize=6,
+                color=colours[inputs],
             )
     axis.axhline(1, color="grey", linewidth=0.8)
     axis.set(
         xscale="log",
-        ylim=(0, None),
+        ylim=(0, 1.1),
         xlabel="error of the hidden states' gradient",
         ylabel="time over that without skipping",
         title=f"skip_below, {rows[0].objective}",
     )
-    axis.legend(fontsize=7)
+    if left_out:
+        figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
