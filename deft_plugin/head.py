@@ -13,7 +13,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -205,6 +205,8 @@ class GatedHead:
                 # An objective may need the optimizer step's mean, which is not known yet.
                 attribute_of(self, "objective", build_objective("nll")),
                 attribute_of(self, "_observer", None),
+                # Training may be under autocast, without which "quack" is refused.
+                attribute_of(self, "settings", self._settings_of_comparison()),
             ):
                 for training in (True, False):
                     with in_mode(model, training):
@@ -214,6 +216,11 @@ class GatedHead:
             if isinstance(error, UnknownForwardError) or own.called_lm_head():
                 raise
             logger.debug("%s wants more than tokens: %s", type(model).__name__, error)
+
+    def _settings_of_comparison(self) -> CoreSettings:
+        return (
+            replace(self.settings, path="auto") if self.settings.path == "quack" else self.settings
+        )
 
     def _forward_of(self, model: PreTrainedModel) -> Callable[..., Any]:
         """The model's own forward, bound."""

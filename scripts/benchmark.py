@@ -163,7 +163,10 @@ def summary_command(
     csv: Annotated[list[Path], typer.Argument(exists=True, help="benchmark.csv of earlier runs.")],
 ) -> None:
     """DEFT on every job of earlier runs, against our nll, the fastest peer, the products and the memory's bound."""
-    console.print(summary_table(read_results(csv)))
+    try:
+        console.print(summary_table(read_results(csv)))
+    except KeyError as error:
+        raise typer.BadParameter(f"no table of this script's: it has no column {error}.") from None
 
 
 @app.command("step")

@@ -112,7 +112,7 @@ def results_table(job: Job, results: dict[str, Result]) -> Table:
             _number(ratio.get("products_share"), ".0%"),
             f"{result['evaluation_seconds'] * 1000:,.1f}",
             f"{result['extra_mib']:,.0f}",
-            f"1/{memory:.1f}" if memory else "-",
+            f"1/{memory:.1f}" if memory >= 1 else f"{1 / memory:.1f}" if memory else "-",
             _number(result["error"] or None, ".1e"),
         )
     return table

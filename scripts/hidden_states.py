@@ -27,6 +27,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
+from tasks import FINE_TUNING_TASKS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,16 +42,19 @@ def text_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(1, length) token ids and labels, one window after the other."""
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.long)
     for window in ids.split(length, dim=1):
-        yield window, window
+        if window.numel():
+            yield window, window
 
 
 def example_rows(
     name: str, columns: str | None, tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(1, length) token ids and labels of a data set's rows, the prompts' labels ignored."""
-    for row in load_data(name, 10**6, 1, seed, columns=columns)["train"]:
+    # All rows: none is held out.
+    options = {} if name in FINE_TUNING_TASKS else {"held_out_split": "train"}
+    for row in load_data(name, 10**6, 1, seed, columns=columns, **options)["train"]:
         if "text" in row:
             ids, prompt = tokenizer(row["text"]).input_ids, []
         else:
@@ -154,6 +158,10 @@ def main(
         count += collected[-1][1].numel()
         if count >= tokens:
             break
+    if not count:
+        raise typer.BadParameter("there is no target in this text.")
+    if count < tokens:
+        console.print(f"There are no more than {count:,} targets.")
     hidden, targets = (torch.cat(parts)[:tokens] for parts in zip(*collected, strict=True))
     weight = network.get_output_embeddings().weight.detach()
     log_p = torch.cat(

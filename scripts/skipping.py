@@ -11,12 +11,15 @@ the same call without skipping, and beside it stands what bfloat16 logits cost. 
 
 from __future__ import annotations
 
+import process_setup  # noqa: F401
+
+# isort: split
 import csv
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +32,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from deft_plugin import gated_loss, linear_gated_loss
+from deft_plugin import build_objective, gated_loss, linear_gated_loss
+from deft_plugin.ops import CoreSettings
 from deft_plugin.ops.projection import LogitsTransform
 
 SHARES = (0.0, 2**-13, 2**-11, 2**-9, 2**-7, 2**-5)
@@ -233,8 +237,7 @@ def plot(rows: list[Row], path: Path) -> None:
         ylabel="time over that without skipping",
         title=f"skip_below, {rows[0].objective}",
     )
-    if left_out:
-        figure.legend(fontsize=7, loc="outside right upper")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -255,13 +258,27 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     shares = sorted({0.0, *(share or SHARES)})
+    try:
+        build_objective(objective)
+        for value in shares:
+            CoreSettings(skip_below=value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    stems = [Path(name).stem for name in inputs]
     rows: list[Row] = []
     for name in inputs:
         if name != RANDOM and not Path(name).exists():
             raise typer.BadParameter(
                 f"{name!r} is no file of scripts/hidden_states.py, nor {RANDOM!r}."
             )
-        given = load(name, tokens, device, dtype)
+        try:
+            given = load(name, tokens, device, dtype)
+        except (SafetensorError, KeyError) as error:
+            raise typer.BadParameter(
+                f"{name!r} is no file of scripts/hidden_states.py: {error}"
+            ) from None
+        if stems.count(given.name) > 1:
+            given = replace(given, name=name)
         for trainable in track((True, False), given.name, console=console, transient=True):
             rows += measure(given, objective, trainable, shares, repetitions)
         show(given, [row for row in rows if row.inputs == given.name])
@@ -270,8 +287,11 @@ def main(
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    plot(rows, output / "skipping.png")
-    console.print(f"Also in {output}: skipping.csv, skipping.png")
+    written = ["skipping.csv"]
+    if any(row.skipped for row in rows):
+        plot(rows, output / "skipping.png")
+        written.append("skipping.png")
+    console.print(f"Also in {output}: {', '.join(written)}")
 
 
 if __name__ == "__main__":

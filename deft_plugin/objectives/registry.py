@@ -114,7 +114,11 @@ def build_objective(
     for parameter in parameters:
         if parameter not in fields:
             names = (*fields, *(name for name in RESERVED_PARAMETERS if name != parameter))
-            own = f" Valid choices: {', '.join(fields)}." if fields else " It takes no parameters."
+            own = (
+                f" Valid choices: {', '.join(fields)}."
+                if fields
+                else " It takes no parameters of its own."
+            )
             raise ValueError(
                 f"Objective {spec!r} has no parameter {parameter!r}.{_guess(str(parameter), names)}{own}"
             )

@@ -31,7 +31,7 @@ from .tiles import FoldedTiles, Head
 def chunked_token_loss(
     operands: Operands, head: Head
 ) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor | None]:
-    """Sum of losses (), losses (n,), statistics, gates (n,) and whether skipped (n,) of the valid tokens.
+    """Sum of losses (), losses (n,), statistics, gates (n,) and skipped shares (n,) of the valid tokens.
 
     The sum and the losses are differentiable in the operands. Backward through the sum only
     scales the gradients that exist; so does backward through the losses where the head is frozen or

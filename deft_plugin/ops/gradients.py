@@ -50,10 +50,12 @@ class Gradients:
         self.low_rank_hidden = buffer("low_rank_hidden")
         self.low_rank_weight = buffer("low_rank_weight")
         self._keep = 1 if head.skip_below else 0
-        self.skipped = (
-            torch.zeros_like(head.targets, dtype=torch.float32) if head.skip_below else None
-        )
         self.wanted = bool(wanted)
+        self.skipped = (
+            torch.zeros_like(head.targets, dtype=torch.float32)
+            if head.skip_below and self.wanted
+            else None
+        )
         self.need_gate = bool(wanted - PER_TOKEN)
 
     def tensors(self) -> list[Tensor | None]:
@@ -102,7 +104,7 @@ class Gradients:
                 rows.index_copy_(0, kept.rows, product)
 
     def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Kept) -> None:
-        """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias."""
+        """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias; scale is (n, 1)."""
         rows, scale = self.head.rows_of(tile.positions), kept.of_rows(scale)
         dtype = tile.error.dtype
         for (hidden, _), gradient in zip(
@@ -116,7 +118,7 @@ class Gradients:
         self._keep = 1
 
     def _add_outer(self, gradient: Tensor, tile: Tile, scaled: Tensor, kept: Kept) -> None:
-        """Add error.T @ scaled to the rows of the vocabulary entries that stay."""
+        """Add error.T @ scaled, (k, H), to the rows of the vocabulary entries that stay."""
         if kept.columns is None:
             tile.add_outer_(gradient, self._keep, scaled)
             return

@@ -73,9 +73,10 @@ def linear_gated_loss(
             extra `quack` installed; no bias, low rank, logit_scale, softcap or top-k entropy; V a multiple
             of 128 and H of 8, weight contiguous.
         tile_rows: tokens per tile. None chooses tiles of about equal size whose logits fit a buffer of
-            64 MiB on a CPU and 1 GiB elsewhere, of at most 1,024 tokens where the weight is frozen.
+            64 MiB on a CPU, 128 MiB with `skip_below`, and 1 GiB elsewhere, there of at most 1,024 tokens where the
+            weight is frozen and nothing is skipped.
         skip_below: the share of a tile's gradient in its logits, gates included and in the L1 norm, that the
-            gradients' products may lose: the vocabulary entries and tokens that hold the least are left out, up to
+            gradients' products may lose, upstream gradients being equal: the vocabulary entries and tokens that hold the least are left out, up to
             this share, and the result's `skipped` says how many. 0, the default, leaves none out. 2**-9 loses
             less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for paths
             "quack" and "reference".
@@ -128,7 +129,9 @@ def linear_gated_loss(
         dtype = product_dtype(hidden, weight)
         if path == "quack":
             refuse_where_quack_cannot(operands, transform, request, dtype)
-        tiled_path = cast(TiledPath, resolve_path(path, hidden.device))
+        else:
+            path = cast(Path, resolve_path(path, hidden.device))
+        tiled_path = cast(TiledPath, path)
         trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
             objective=objective,

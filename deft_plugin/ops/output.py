@@ -27,7 +27,8 @@ class GatedLoss:
         focus: the exponent a; None for objectives outside the deformed-log family.
         entropy: Shannon entropy in nats; None unless asked for.
         is_top1: bool; whether the target has the largest logit.
-        skipped: share of the token's entries, 0 to 1, that the gradients' products left out; None unless `skip_below` is set.
+        skipped: share of the token's entries, 0 to 1, that the gradients' products left out; None unless
+            `skip_below` is set and there are gradients.
 
     All but `loss` and `token_loss` are detached. Dtype float32, or float64 for float64 input.
     """

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Up to which tanh is taken of one exponential: it is off by 1e-7 then, and a logit by that times the softcap.
+LARGEST_SIMPLE_SOFTCAP = 100.0
+
 
 class Operands(NamedTuple):
     """The tensors that logits are made of, of any floating dtypes; each may require a gradient.
@@ -77,6 +80,11 @@ class LogitsTransform:
             if self.scale != 1.0:
                 logits.mul_(self.scale)
             return None
+        if self.softcap > LARGEST_SIMPLE_SOFTCAP:
+            logits.mul_(self.scale / self.softcap)
+            derivative = logits.cosh().square_().reciprocal_()
+            logits.tanh_().mul_(self.softcap)
+            return derivative
         # tanh(x) = 1 - 2 / (1 + e^2x), with derivative 4 e^2x / (1 + e^2x)^2: one exponential, where a CPU's tanh and
         # cosh take several times as long. The power may not overflow, and its square is never formed.
         most = math.log(torch.finfo(logits.dtype).max) - 2

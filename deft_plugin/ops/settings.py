@@ -36,7 +36,11 @@ class CoreSettings:
         share = self.skip_below
         is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
         if not is_number or not 0 <= share < 1:
-            raise ValueError(f"skip_below is {share!r}; it must be a number in [0, 1).")
+            quoted = " A text is no number: YAML takes 1e-3 for text, and 0.001 for a number."
+            raise ValueError(
+                f"skip_below is {share!r}; it must be a number in [0, 1)."
+                f"{quoted if isinstance(share, str) else ''}"
+            )
         if share and self.path in ("quack", "reference"):
             raise ValueError(f"skip_below would be ignored with path={self.path!r}: set it to 0.")
 

@@ -22,12 +22,13 @@ from .products import add_outer_
 from .shard import VocabularyShard
 from .softmax import TargetEntry
 
-# Leaving columns out copies those that stay, of the error and of the weight, and leaving rows out the rows.
+# Fewer than these leave nothing out: what stays of columns is copied, of the error and of the weight, and so are rows.
 SMALLEST_COLUMNS_SHARE = 1 / 4
 SMALLEST_ROWS_SHARE = 1 / 8
-# Of the whole share. Rows pay only where many are next to nothing, and then a little is enough for them.
+# Most of the allowed share that goes to rows. Many of them have next to nothing where a model is sure of its tokens,
+# and little is enough for those; columns are what most is saved by.
 ROWS_PART = 1 / 4
-# On an accelerator the columns that stay are a multiple of this, for the products' sake.
+# On an accelerator the columns that stay, on all ranks together, are a multiple of this, for the products' sake.
 COLUMNS_MULTIPLE = 64
 
 
@@ -77,7 +78,7 @@ def what_earns(
 ) -> Kept:
     """The rows and columns of a tile that stay; what goes holds at most `share` of the tile's mass.
 
-    Up to the rounding of `error`'s dtype. All stay where something is NaN. Synchronises with the host once.
+    Up to the rounding of `error`'s dtype. All stay where something is NaN, or every gate 0. Synchronises with the host once.
 
     Args:
         error: (n, V), up to `row_scale`; at least 0 but in the targets' columns.

@@ -19,9 +19,10 @@ class CountedTargets:
     """Targets whose count is on its way to the host; `linear_gated_loss` takes them in place of targets.
 
     Args:
-        targets: any shape, integers.
+        targets: any shape, integers; they may not change until they are used.
         ignore_index: target value of positions that do not count.
-        figures: (3,) int64 on the host: valid targets, the smallest and the largest of them.
+        figures: (3,) int64: the number of valid targets, the smallest and the largest of them, 0 among these where
+            some are not valid.
         arrival: of the figures; None where they are there.
     """
 
@@ -63,7 +64,7 @@ class CountedTargets:
         )
 
     def read(self) -> tuple[int, int, int]:
-        """Number of valid targets, the smallest and the largest of them and 0."""
+        """`figures`, on the host."""
         if self.arrival is not None:
             self.arrival.synchronize()
         count, smallest, largest = self.figures.tolist()

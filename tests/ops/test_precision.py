@@ -211,3 +211,10 @@ def test_float16_errors_stay_in_range_for_flat_and_for_peaked_rows(path: str, ga
     # d nll / d hidden = sum_v p_v W_v - W_y, over a mean of two tokens.
     expected = torch.tensor([[p - 1], [p]], dtype=torch.float64, device=DEVICE) / 2
     assert torch.allclose(hidden.grad.double(), expected, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("softcap", [30.0, 1e3, 1e6])
+def test_a_softcap_far_above_the_logits_costs_no_accuracy(path: str, softcap: float) -> None:
+    case = random_case(24, 500, hidden_size=16, softcap=softcap).to(torch.float32)
+    _assert_accurate(path, case, "deft", {}, 1.0, 1e-5)

@@ -48,6 +48,7 @@ class Event:
         pass
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch knows no CUDA tensors")
 @pytest.mark.usefixtures("_gpu")
 @pytest.mark.parametrize("path", ["chunked", "triton"])
 @pytest.mark.parametrize("trainable", [False, True])

@@ -21,7 +21,7 @@ import profile_call
 from benchmark_job import GPU_SHAPES, IGNORED, Job, make_inputs, parse_shape, sizes_and_masks
 from benchmark_measure import evaluate, gradient_error, gradients
 from benchmark_tables import memory_bound_mib, ratios
-from contestant import Contestant
+from contestant import Contestant, Machine
 from contestants import CONTESTANTS, FORMULA, OUR_NLL, OURS, PRODUCTS, formula
 from public_losses import PUBLIC_LOSSES
 
@@ -76,7 +76,11 @@ def test_our_error_is_small_and_a_wrong_gradient_is_not(
     contestant = CONTESTANTS[name]
     loss = contestant.build()
     measured = job(frozen=frozen, masked=masked)
-    assert gradient_error(loss, contestant.objective, measured) < 1e-3
+    if obstacle := contestant.needs.unmet(Machine.here("cpu"), measured):
+        pytest.skip(obstacle)
+    # What skipping loses is a choice, and is said.
+    limit = 8e-3 if "skipping" in name else 1e-3
+    assert gradient_error(loss, contestant.objective, measured) < limit
     other = "nll" if contestant.objective != "nll" else "dft"
     assert gradient_error(loss, other, measured) > 1e-2
 
