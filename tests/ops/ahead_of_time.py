@@ -34,7 +34,7 @@ STATISTICS = {
 def cases(every: bool = False) -> Iterator[dict[str, Any]]:
     """Combinations that the code can launch: every one, or those that differ in what a compiler makes of them."""
     options = itertools.product(
-        DTYPES, VOCABULARIES, STATISTICS, (False, True), (None, 30.0), (True, False)
+        DTYPES, VOCABULARIES, STATISTICS, (False, True), (None, 30.0, 1e4), (True, False)
     )
     names = ("dtype", "vocab_size", "statistics", "has_bias", "softcap", "write_error")
     for values in options:
