@@ -28,6 +28,7 @@ from .lm_head import Projection, check_is_linear, check_lm_head, innermost, lm_h
 from .measurement import UnknownForwardError, ordinary_tokens
 from .objectives import Objective, build_objective
 from .ops import CoreSettings, CountedTargets, GatedLoss, linear_gated_loss
+from .ops.targets import as_integers
 from .own_forward import Labels, OwnForward
 from .quantization import cpu_weights_left_unpacked
 from .substitution import attribute_of, in_mode
@@ -205,7 +206,6 @@ class GatedHead:
                 # An objective may need the optimizer step's mean, which is not known yet.
                 attribute_of(self, "objective", build_objective("nll")),
                 attribute_of(self, "_observer", None),
-                # Training may be under autocast, without which "quack" is refused.
                 attribute_of(self, "settings", self._settings_of_comparison()),
             ):
                 for training in (True, False):
@@ -218,9 +218,9 @@ class GatedHead:
             logger.debug("%s wants more than tokens: %s", type(model).__name__, error)
 
     def _settings_of_comparison(self) -> CoreSettings:
-        return (
-            replace(self.settings, path="auto") if self.settings.path == "quack" else self.settings
-        )
+        """The settings; "quack" is left to the first step where it may depend on that step's autocast."""
+        later = self.settings.path == "quack" and self.model.dtype != torch.bfloat16
+        return replace(self.settings, path="auto") if later else self.settings
 
     def _forward_of(self, model: PreTrainedModel) -> Callable[..., Any]:
         """The model's own forward, bound."""
@@ -291,10 +291,17 @@ class GatedHead:
             kwargs.pop(name, None)
         given = Labels(labels, shift_labels, ignore_index)
         # Here, so that the number of targets is there when the backbone's work is in the device's queue.
-        counted = counted_targets(given)
+        counted, version = counted_targets(given), version_of(given.given)
 
         def score(layer: Any, hidden_states: Tensor, labels: Labels, compare: bool) -> GatedLoss:
-            targets = counted if labels is given else counted_targets(labels)
+            # A forward may have changed them in place.
+            unchanged = labels is given and version == version_of(given.given)
+            targets = counted if unchanged else counted_targets(labels)
+            ids = kwargs.get("input_ids")
+            if isinstance(ids, Tensor) and given.given.shape != ids.shape:
+                raise ValueError(
+                    f"labels must have input_ids' shape, {tuple(ids.shape)}; their shape is {tuple(given.given.shape)}."
+                )
             if hidden_states.shape[:-1] != targets.targets.shape:
                 raise UnknownForwardError(
                     model,
@@ -368,12 +375,22 @@ class GatedHead:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def counted_targets(labels: Labels) -> CountedTargets:
     """(batch, sequence) targets, each position's own."""
-    targets = labels.shift_labels
-    if targets is None:
-        assert labels.labels is not None
+    name = "labels" if labels.shift_labels is None else "shift_labels"
+    targets, ignore_index = as_integers(labels.given, labels.ignore_index, name)
+    if targets.dim() < 2:
+        raise ValueError(
+            f"{name} must be (batch, sequence); their shape is {tuple(targets.shape)}."
+        )
+    if labels.shift_labels is None:
         # Shifting the labels, not the hidden states, avoids a copy of these and one of their gradient.
-        targets = functional.pad(labels.labels[..., 1:], (0, 1), value=labels.ignore_index)
-    return CountedTargets.start(targets, labels.ignore_index)
+        targets = functional.pad(targets[..., 1:], (0, 1), value=ignore_index)
+    return CountedTargets.start(targets, ignore_index)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def version_of(tensor: Tensor) -> Any:
+    """What changes when the tensor is written to; in inference mode, where that is not known, always."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 def without_last_position(gated: GatedLoss) -> GatedLoss:

@@ -43,7 +43,6 @@ class TokenMetrics:
         self._sums: Tensor | None = None
         self._has_focus = True
         self._has_entropy = True
-        self._has_skipping = False
 
     def reset(self) -> None:
         """Start a new window."""
@@ -57,8 +56,6 @@ class TokenMetrics:
         dtype = torch.float32 if gated.log_p.device.type == "mps" else torch.float64
         self._has_focus = gated.focus is not None
         self._has_entropy = gated.entropy is not None
-        self._has_skipping = gated.skipped is not None
-        skipped = gated.log_p.new_zeros(1) if gated.skipped is None else gated.skipped
         mask = gated.mask
         absent = gated.log_p.new_zeros(1)
         sums = torch.stack(
@@ -74,7 +71,8 @@ class TokenMetrics:
                     absent if gated.focus is None else gated.focus,
                     gated.gate,
                     (gated.gate < CLOSED_GATE) & mask,
-                    skipped,
+                    absent if gated.skipped is None else gated.skipped,
+                    absent if gated.skipped is None else mask,
                     ~gated.token_loss.isfinite(),
                     gated.mask.new_ones(1),
                     ~mask[:rows].any().reshape(1),
@@ -88,7 +86,7 @@ class TokenMetrics:
 
         Collective when torch.distributed is initialised: every rank has to call it.
         """
-        sums = torch.zeros(13, dtype=torch.float64) if self._sums is None else self._sums
+        sums = torch.zeros(14, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
@@ -104,7 +102,8 @@ class TokenMetrics:
             )
         if not count:
             return {}
-        loss, nll, entropy, top1, probability, focus, gate, closed, skipped = (
+        *totals, skipped, multiplied = totals
+        loss, nll, entropy, top1, probability, focus, gate, closed = (
             total / count for total in totals
         )
         means = {
@@ -118,12 +117,12 @@ class TokenMetrics:
             "mean_focus": focus,
             "mean_gate": gate,
             "closed_gate_share": closed,
-            "skipped_share": skipped,
         }
+        # Of the passes that had gradients.
+        if multiplied:
+            means["skipped_share"] = skipped / multiplied
         if not self._has_focus:
             del means["mean_focus"]
         if not self._has_entropy:
             del means["entropy"]
-        if not self._has_skipping:
-            del means["skipped_share"]
         return means

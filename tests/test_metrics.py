@@ -151,3 +151,13 @@ def test_the_share_that_was_skipped_is_of_tokens_times_vocabulary() -> None:
     metrics = TokenMetrics()
     metrics.add(gated)
     assert metrics.means()["skipped_share"] == pytest.approx(2 / 3)
+
+
+def test_passes_without_gradients_are_no_part_of_the_skipped_share() -> None:
+    hidden = torch.tensor([[30.0, 0.0], [30.0, 0.0], [0.0, 0.0]])
+    metrics = TokenMetrics()
+    for requires_grad in (False, True, False):
+        leaf = hidden.clone().requires_grad_(requires_grad)
+        targets = torch.tensor([0, 0, 1])
+        metrics.add(linear_gated_loss(leaf, torch.eye(2), targets, "nll", skip_below=2**-9))
+    assert metrics.means()["skipped_share"] == pytest.approx(2 / 3)

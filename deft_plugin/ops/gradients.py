@@ -52,7 +52,7 @@ class Gradients:
         self._keep = 1 if head.skip_below else 0
         self.wanted = bool(wanted)
         self.skipped = (
-            torch.zeros_like(head.targets, dtype=torch.float32)
+            torch.zeros_like(head.targets, dtype=statistics_dtype(head.product_dtype))
             if head.skip_below and self.wanted
             else None
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -94,8 +95,13 @@ def linear_gated_loss(
     Source: arXiv 2602.11424; the gate-times-error form of the gradient is in `deft_plugin.objectives`.
     """
     objective = build_objective(objective, parameters)
-    transform = LogitsTransform(float(logit_scale), None if softcap is None else float(softcap))
+    transform = LogitsTransform(
+        _number("logit_scale", logit_scale),
+        None if softcap is None else _number("softcap", softcap),
+    )
     check_reduction(reduction, num_items_in_batch)
+    if shard is not None and not isinstance(shard, VocabularyShard):
+        raise ValueError(f"shard must be a VocabularyShard or None; it is {shard!r}.")
     _check_shapes(
         hidden,
         weight,
@@ -169,6 +175,12 @@ def linear_gated_loss(
     )
 
 
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    return float(value)
+
+
 def _check_shapes(
     hidden: Tensor,
     weight: Tensor,
@@ -196,6 +208,12 @@ def _check_shapes(
         raise ValueError(
             f"weight has {weight.size(0)} rows, and this rank's part of a vocabulary of {shard.vocab_size} is "
             f"{shard.size}, from {shard.first} on, as torch.chunk deals it out."
+        )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise ValueError(f"bias must be a tensor or None; it is a {type(bias).__name__}.")
+    if bias is not None and bias.device != weight.device:
+        raise ValueError(
+            f"bias must be on weight's device, {weight.device}; it is on {bias.device}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(

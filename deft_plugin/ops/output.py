@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from torch import Tensor
@@ -106,7 +107,7 @@ def check_reduction(reduction: str, num_items_in_batch: int | Tensor | None) -> 
                 f"{tuple(num_items_in_batch.shape)}."
             )
     elif num_items_in_batch is not None and not (
-        isinstance(num_items_in_batch, (int, float)) and num_items_in_batch >= 0
+        isinstance(num_items_in_batch, Real) and num_items_in_batch >= 0
     ):
         raise ValueError(
             f"num_items_in_batch is {num_items_in_batch!r}; it must be a number >= 0, or None."

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 # Up to which tanh is taken of one exponential: it is off by 1e-7 then, and a logit by that times the softcap.
 LARGEST_SIMPLE_SOFTCAP = 100.0
+SMALLEST_FACTOR = 1e-30
 
 
 class Operands(NamedTuple):
@@ -61,10 +62,15 @@ class LogitsTransform:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"logit_scale is {self.scale!r}; it must be a finite number.")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            raise ValueError(f"softcap is {self.softcap!r}; it must be a number > 0, or None.")
+        # Smaller ones are nothing in float32.
+        if not math.isfinite(self.scale) or 0 < abs(self.scale) < SMALLEST_FACTOR:
+            raise ValueError(
+                f"logit_scale is {self.scale!r}; it must be a finite number, 0 or at least {SMALLEST_FACTOR} in size."
+            )
+        if self.softcap is not None and not SMALLEST_FACTOR <= self.softcap < math.inf:
+            raise ValueError(
+                f"softcap is {self.softcap!r}; it must be a number > 0, or None. The smallest is {SMALLEST_FACTOR}."
+            )
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Transformed logits, out of place and differentiable."""

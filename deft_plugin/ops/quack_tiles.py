@@ -104,7 +104,9 @@ def tile_width(vocab_size: int, widths: tuple[int, ...]) -> int:
 def _strips(scales: Tensor, width: int) -> Tensor:
     """(V / 64, m), contiguous, of (m, T) scales: each as often as a tile has 64 columns."""
     times = width // STRIP_COLUMNS
-    return scales.t().unsqueeze(1).expand(-1, times, -1).reshape(-1, scales.size(0))
+    strips = scales.t().unsqueeze(1).expand(-1, times, -1)
+    # Of a single tile, a reshape alone would be a view.
+    return strips.reshape(-1, scales.size(0)).contiguous()
 
 
 def _whole_rows(rows: Tensor) -> Tensor:

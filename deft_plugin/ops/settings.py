@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Path = Literal["auto", "triton", "quack", "chunked", "reference"]
@@ -31,10 +32,12 @@ class CoreSettings:
                 f"path={self.path!r} is not valid. Choices: {', '.join(map(repr, PATHS))}."
             )
         rows = self.tile_rows
-        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+        if rows is not None and (
+            not isinstance(rows, Integral) or isinstance(rows, bool) or rows < 1
+        ):
             raise ValueError(f"tile_rows is {rows!r}; it must be an integer >= 1, or None.")
         share = self.skip_below
-        is_number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        is_number = isinstance(share, Real) and not isinstance(share, bool)
         if not is_number or not 0 <= share < 1:
             quoted = " A text is no number: YAML takes 1e-3 for text, and 0.001 for a number."
             raise ValueError(

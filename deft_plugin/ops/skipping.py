@@ -30,6 +30,8 @@ SMALLEST_ROWS_SHARE = 1 / 8
 ROWS_PART = 1 / 4
 # On an accelerator the columns that stay, on all ranks together, are a multiple of this, for the products' sake.
 COLUMNS_MULTIPLE = 64
+# Columns that are copied in float32 at a time.
+BLOCK_COLUMNS = 8192
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,14 @@ def column_masses(error: Tensor, row_scale: Tensor, targets: TargetEntry) -> Ten
     masses = row_scale.new_empty(error.size(1))
     if not error.size(1):
         return masses
-    add_outer_(masses.unsqueeze(1), 0, error, row_scale.unsqueeze(1).to(error.dtype))
+    if error.dtype == torch.float16:
+        # Whose range is too small for gates.
+        for block, columns in zip(
+            masses.split(BLOCK_COLUMNS), error.split(BLOCK_COLUMNS, 1), strict=True
+        ):
+            torch.mv(columns.t().to(masses.dtype), row_scale, out=block)
+    else:
+        add_outer_(masses.unsqueeze(1), 0, error, row_scale.unsqueeze(1).to(error.dtype))
     # The targets' entries are negative.
     entries = targets.read(error, 0).to(row_scale.dtype)
     return masses.index_add_(0, targets.columns.squeeze(1), -2 * row_scale * entries)

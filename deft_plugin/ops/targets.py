@@ -8,6 +8,7 @@ that was put on the device's queue before it; so whoever has the targets before 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,14 +39,7 @@ class CountedTargets:
         Raises:
             ValueError: targets or ignore_index are no integers.
         """
-        if not isinstance(targets, Tensor):
-            raise ValueError(f"targets must be a tensor of integers, not {type(targets).__name__}.")
-        if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-            raise ValueError(f"ignore_index is {ignore_index!r}; it must be an integer.")
-        if targets.is_floating_point() or targets.dtype == torch.bool or targets.is_complex():
-            raise ValueError(f"targets must be integers; their dtype is {targets.dtype}.")
-        # In int64, since a byte cannot be compared with -100.
-        targets = targets.long()
+        targets, ignore_index = as_integers(targets, ignore_index)
         mask = targets != ignore_index
         valid = torch.where(mask, targets, 0) if targets.numel() else targets.new_zeros(1)
         figures = torch.stack((mask.sum(), valid.min(), valid.max()))
@@ -69,6 +63,24 @@ class CountedTargets:
             self.arrival.synchronize()
         count, smallest, largest = self.figures.tolist()
         return count, smallest, largest
+
+
+def as_integers(targets: Any, ignore_index: Any, name: str = "targets") -> tuple[Tensor, int]:
+    """Targets in int64, since a byte cannot be compared with -100, and ignore_index.
+
+    Raises:
+        ValueError: they are no integers of 64 bits; the message says so of `name`.
+    """
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not {type(targets).__name__}.")
+    is_integer = isinstance(ignore_index, Integral) and not isinstance(ignore_index, bool)
+    if not is_integer or not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index is {ignore_index!r}; it must be an integer of 64 bits.")
+    # Those of uint64 do not fit int64.
+    no_integers = targets.is_floating_point() or targets.is_complex()
+    if no_integers or targets.dtype in (torch.bool, torch.uint64):
+        raise ValueError(f"{name} must be integers; their dtype is {targets.dtype}.")
+    return targets.long(), int(ignore_index)
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class ValidTargets:
             if isinstance(given, CountedTargets)
             else CountedTargets.start(given, ignore_index)
         )
+        ignore_index = int(ignore_index)
         if counted.ignore_index != ignore_index:
             raise ValueError(
                 f"ignore_index is {ignore_index}, and the targets were counted with {counted.ignore_index}."

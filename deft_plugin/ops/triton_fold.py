@@ -66,10 +66,11 @@ def _transformed(
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x), with derivative 4 e^2x / (1 + e^2x)^2; the power may not overflow.
         LIMIT: tl.constexpr = 1022.0 if DTYPE is tl.float64 else 126.0
-        power = tl.exp2(tl.minimum(z * INNER_FACTOR, LIMIT))
+        exponent = tl.minimum(z * INNER_FACTOR, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        power = tl.exp2(exponent)
         share = 1.0 / (1.0 + power)
         derivative = 4.0 * share * (share * power)
-        if FACTOR > LARGEST_SIMPLE_FACTOR:
+        if FACTOR > LARGEST_SIMPLE_FACTOR and DTYPE is not tl.float64:
             # Where the difference below would be off by the softcap's 1e-7, tanh's series is off by less.
             x = z * (INNER_FACTOR / (2.0 * LOG2_E))
             square = x * x

@@ -258,3 +258,55 @@ def test_torch_compile_gives_the_same_gradients_from_one_set_of_graphs(what: str
     # The number of labels is no part of what is traced.
     assert len(graphs) == 1
     torch._dynamo.reset()
+
+
+def test_labels_that_the_forward_changes_in_place_are_scored_as_changed(batch: Batch) -> None:
+    class Changing(type(tiny_model("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+            if labels is not None:
+                labels.masked_fill_(input_ids < 60, -100)
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    model = tiny_model("llama")
+    model.__class__ = Changing
+    inputs = {"input_ids": batch["input_ids"]}
+    expected = model(**inputs, labels=batch["input_ids"].clone()).loss
+    add_gated_head(model, "nll")
+    assert model(**inputs, labels=batch["input_ids"].clone()).loss.item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            torch.zeros(10, dtype=torch.long),
+            r"labels must be \(batch, sequence\); their shape is \(10,\)",
+        ),
+        (
+            torch.zeros(2, 9, dtype=torch.long),
+            r"labels must have input_ids' shape, \(2, 10\); their shape is \(2, 9\)",
+        ),
+        (torch.zeros(1, 10, dtype=torch.long), r"labels must have input_ids' shape"),
+        (torch.tensor(1), r"labels must be \(batch, sequence\)"),
+        ([[1] * 10] * 2, "labels must be a tensor of integers, not list"),
+        (torch.zeros(2, 10), "labels must be integers"),
+    ],
+    ids=["1-D", "short", "one row", "0-D", "list", "float"],
+)
+def test_labels_of_another_shape_are_named(
+    model: PreTrainedModel, labels: Any, message: str
+) -> None:
+    add_gated_head(model)
+    ids = torch.ones(2, 10, dtype=torch.long)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids, labels=labels)
+
+
+def test_bytes_are_labels_too(model: PreTrainedModel) -> None:
+    add_gated_head(model)
+    ids = torch.arange(20).view(2, 10)
+    assert torch.equal(
+        model(input_ids=ids, labels=ids.byte()).loss, model(input_ids=ids, labels=ids).loss
+    )

@@ -208,3 +208,51 @@ def test_targets_as_a_list_are_refused() -> None:
 def test_a_count_of_shape_one_leaves_the_loss_a_scalar() -> None:
     loss = gated("chunked", random_case(2, 3), num_items_in_batch=torch.tensor([7])).loss
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": 1.0}, "bias must be a tensor or None; it is a float"),
+        (
+            {"bias": torch.zeros(5, device="meta")},
+            "bias must be on weight's device, cpu; it is on meta",
+        ),
+        ({"shard": 3}, "shard must be a VocabularyShard or None; it is 3"),
+        ({"softcap": "x"}, "softcap is 'x'; it must be a number"),
+        ({"softcap": 1e-40}, "softcap is 1e-40; .*The smallest is 1e-30"),
+        ({"logit_scale": None}, "logit_scale is None; it must be a number"),
+        (
+            {"logit_scale": 1e-46},
+            "logit_scale is 1e-46; it must be a finite number, 0 or at least 1e-30",
+        ),
+        (
+            {"ignore_index": 2**64},
+            "ignore_index is 18446744073709551616; it must be an integer of 64 bits",
+        ),
+        ({"targets": torch.zeros(3, dtype=torch.uint64)}, "their dtype is torch.uint64"),
+    ],
+    ids=str,
+)
+def test_what_is_no_argument_is_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "hidden": torch.ones(3, 4),
+        "weight": torch.ones(5, 4),
+        "targets": torch.zeros(3, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_gated_loss(**{**arguments, **change})
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    import numpy
+
+    case = random_case(6, 5, masked_share=0.3)
+    result = gated(
+        "chunked",
+        case,
+        skip_below=numpy.float32(0),
+        tile_rows=numpy.int64(2),
+        num_items_in_batch=numpy.int64(3),
+    )
+    assert torch.equal(result.loss, gated("chunked", case, num_items_in_batch=3, tile_rows=2).loss)

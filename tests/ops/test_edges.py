@@ -176,6 +176,25 @@ def test_nan_is_reported_where_it_is_and_only_there(path: str, value: float, nam
     assert weight.isnan().any()
 
 
+@pytest.mark.parametrize("path", LINEAR_PATHS)
+@pytest.mark.parametrize("softcap", [30.0, 300.0])
+@pytest.mark.parametrize("where", ["hidden", "bias"])
+def test_nan_goes_through_a_softcap(path: str, softcap: float, where: str) -> None:
+    case = random_case(6, 9, softcap=softcap, bias=True)
+    assert case.bias is not None
+    with torch.no_grad():
+        (case.hidden[2] if where == "hidden" else case.bias)[3] = math.nan
+    result = gated(path, case)
+    nan = (
+        torch.arange(6, device=DEVICE) == 2
+        if where == "hidden"
+        else torch.ones(6, dtype=torch.bool, device=DEVICE)
+    )
+    assert torch.equal(result.token_loss.isnan(), nan)
+    assert torch.equal(gradients(result.loss, case)[0].isnan().any(1), nan)
+    assert not result.is_top1[nan].any()
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_nan_at_an_ignored_position_is_not_touched(path: str) -> None:
     case = random_case(6, 12)

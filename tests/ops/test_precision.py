@@ -218,3 +218,12 @@ def test_float16_errors_stay_in_range_for_flat_and_for_peaked_rows(path: str, ga
 def test_a_softcap_far_above_the_logits_costs_no_accuracy(path: str, softcap: float) -> None:
     case = random_case(24, 500, hidden_size=16, softcap=softcap).to(torch.float32)
     _assert_accurate(path, case, "deft", {}, 1.0, 1e-5)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+@pytest.mark.parametrize("softcap", [99.0, 101.0, 1e3])
+def test_a_large_softcap_is_as_exact_in_float64(path: str, softcap: float) -> None:
+    case = random_case(24, 50, softcap=softcap)
+    result = gated(path, case)
+    expected = formula(case, "deft", {})
+    assert relative_error(result.token_loss, expected) < 1e-12

@@ -84,7 +84,8 @@ def test_every_objective_has_the_formulas_gradients(
     assert largest_error(gradients(actual.loss, case), expected_gradients) < GRADIENT_ERROR
 
 
-@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+# 128 and 256 are one tile a row.
+@pytest.mark.parametrize("vocab_size", [128, 256, *VOCABULARIES])
 @pytest.mark.parametrize(("count", "tile_rows"), [(COUNT, None), (COUNT, 50), (180, 128)])
 def test_tiles_of_any_size_have_the_formulas_gradients(
     emulated: Any, count: int, tile_rows: int | None, vocab_size: int

@@ -221,3 +221,37 @@ def test_a_share_outside_its_range_is_refused(skip_below: Any) -> None:
 def test_the_reference_refuses_what_it_would_ignore() -> None:
     with pytest.raises(ValueError, match="skip_below would be ignored"):
         gated("reference", random_case(2, 3), skip_below=0.1)
+
+
+@pytest.mark.parametrize("path", TILED_PATHS)
+def test_float16_counts_gates_that_are_small_and_many(path: str) -> None:
+    """One token with an open gate, and 500 of which each has next to nothing and all together half."""
+    count, vocab_size = 500, 64
+    hidden = torch.full((count, vocab_size), -30.0)
+    hidden[0, 0], hidden[0, 1:9] = 12, 0
+    hidden[1:, 9:], hidden[1:, 0] = 0, -13.4
+    hidden = hidden.half().to(DEVICE)
+    weight = torch.eye(vocab_size, dtype=torch.float16, device=DEVICE)
+    targets = torch.zeros(count, dtype=torch.long, device=DEVICE)
+
+    def gradient(**options: Any) -> Tensor:
+        leaf = hidden.clone().requires_grad_()
+        loss = linear_gated_loss(leaf, weight, targets, "p", path=path, tile_rows=1000, **options)  # type: ignore[arg-type]
+        # Scaled as float16 is trained with.
+        (2.0**14 * loss.loss).backward()
+        assert leaf.grad is not None
+        return leaf.grad.float()
+
+    exact, kept = gradient(), gradient(skip_below=2**-6)
+    assert (exact - kept).abs().sum() <= 2**-6 * exact.abs().sum()
+
+
+def test_without_gradients_nothing_is_skipped_and_no_share_is_told() -> None:
+    with torch.no_grad():
+        assert gated("chunked", language_like(), skip_below=2**-3).skipped is None
+
+
+def test_the_share_has_the_statistics_dtype() -> None:
+    result = gated("chunked", language_like(), skip_below=2**-3)
+    assert result.skipped is not None
+    assert result.skipped.dtype == result.log_p.dtype == torch.float64
