@@ -297,12 +297,14 @@ class GatedHead:
             # A forward may have changed them in place.
             unchanged = labels is given and version == version_of(given.given)
             targets = counted if unchanged else counted_targets(labels)
-            ids = kwargs.get("input_ids")
-            if isinstance(ids, Tensor) and given.given.shape != ids.shape:
-                raise ValueError(
-                    f"labels must have input_ids' shape, {tuple(ids.shape)}; their shape is {tuple(given.given.shape)}."
-                )
-            if hidden_states.shape[:-1] != targets.targets.shape:
+            positions = hidden_states.shape[:-1]
+            if positions != targets.targets.shape:
+                ids = kwargs.get("input_ids")
+                if isinstance(ids, Tensor) and ids.shape == positions != given.given.shape:
+                    raise ValueError(
+                        f"labels must have input_ids' shape, {tuple(ids.shape)}; their shape is "
+                        f"{tuple(given.given.shape)}."
+                    )
                 raise UnknownForwardError(
                     model,
                     f"gives its lm_head hidden states of shape {tuple(hidden_states.shape)}, where the labels are "
