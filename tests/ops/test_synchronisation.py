@@ -56,6 +56,8 @@ class Event:
 def test_the_core_reads_nothing(
     monkeypatch: pytest.MonkeyPatch, path: Any, trainable: bool, objective: str
 ) -> None:
+    if trainable and path == "triton" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("before 2.13 tensors without data cannot be added to in float32")
     reads = made_up_counts(monkeypatch)
     with FakeTensorMode():
         options: Any = {"device": "cuda", "dtype": torch.bfloat16}
