@@ -27,13 +27,12 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from tasks import FINE_TUNING_TASKS
+from tasks import FINE_TUNING_TASKS, IGNORED
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from deft_plugin import linear_gated_loss
 from deft_plugin.ops.projection import LogitsTransform
-
-IGNORED = -100
 
 console = Console()
 
@@ -164,14 +163,7 @@ def main(
         console.print(f"There are no more than {count:,} targets.")
     hidden, targets = (torch.cat(parts)[:tokens] for parts in zip(*collected, strict=True))
     weight = network.get_output_embeddings().weight.detach()
-    log_p = torch.cat(
-        [
-            torch.log_softmax(
-                LogitsTransform(softcap=softcap)((rows @ weight.T).float()), 1
-            ).gather(1, wanted.to(device)[:, None])
-            for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True)
-        ]
-    )
+    log_p = linear_gated_loss(hidden, weight, targets.to(device), "nll", softcap=softcap).log_p
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"hidden": hidden, "weight": weight, "targets": targets}
     save_file(

@@ -5,8 +5,9 @@
     python scripts/skipping.py random --tokens 8192            # random logits of a 128,256-token vocabulary, on a GPU
 
 Every share is timed, forward and backward, in turn with no skipping in one process: by CUDA events on a GPU, and on a CPU
-as the time of all threads, which other work on the machine changes little. Shown is the ratio of the medians. Error is that of the gradients, the norm of the difference over the norm, against
-the same call without skipping, and beside it stands what bfloat16 logits cost. The table also goes to a CSV and a PNG.
+as the time of all threads, which other work on the machine changes little. Shown is the ratio of the medians. Error is that
+of the gradients, the norm of the difference over the norm, against the same call without skipping, and beside it stands
+what bfloat16 logits cost. The table also goes to a CSV and a PNG.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from __future__ import annotations
 import process_setup  # noqa: F401
 
 # isort: split
-import csv
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
+from benchmark_tables import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -282,11 +283,7 @@ def main(
         for trainable in track((True, False), given.name, console=console, transient=True):
             rows += measure(given, objective, trainable, shares, repetitions)
         show(given, [row for row in rows if row.inputs == given.name])
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "skipping.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_csv([asdict(row) for row in rows], output / "skipping.csv")
     written = ["skipping.csv"]
     if any(row.skipped for row in rows):
         plot(rows, output / "skipping.png")

@@ -77,10 +77,10 @@ def linear_gated_loss(
             64 MiB on a CPU, 128 MiB with `skip_below`, and 1 GiB elsewhere, there of at most 1,024 tokens where the
             weight is frozen and nothing is skipped.
         skip_below: the share of a tile's gradient in its logits, gates included and in the L1 norm, that the
-            gradients' products may lose, upstream gradients being equal: the vocabulary entries and tokens that hold the least are left out, up to
-            this share, and the result's `skipped` says how many. 0, the default, leaves none out. 2**-9 loses
-            less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for paths
-            "quack" and "reference".
+            gradients' products may lose, upstream gradients being equal: the vocabulary entries and tokens that
+            hold the least are left out, up to this share, and the result's `skipped` says how many. 0, the default,
+            leaves none out. 2**-9 loses less than bfloat16 logits do. What comes of it: docs/skipping.md. Not for
+            paths "quack" and "reference".
         shard: weight, bias and low_rank_weight are this rank's rows of an lm_head sharded over ranks (tensor
             parallelism), while hidden, low_rank_hidden and targets are the same on all of them. Collective, in the
             forward pass and, where upstream gradients differ between tokens, in the backward pass; loss
@@ -135,9 +135,9 @@ def linear_gated_loss(
         dtype = product_dtype(hidden, weight)
         if path == "quack":
             refuse_where_quack_cannot(operands, transform, request, dtype)
+            tiled_path: TiledPath = path
         else:
-            path = cast(Path, resolve_path(path, hidden.device))
-        tiled_path = cast(TiledPath, path)
+            tiled_path = cast(TiledPath, resolve_path(path, hidden.device))
         trainable = torch.is_grad_enabled() and weight.requires_grad
         head = Head(
             objective=objective,

@@ -7,7 +7,7 @@ that was put on the device's queue before it; so whoever has the targets before 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -22,6 +22,7 @@ class CountedTargets:
     Args:
         targets: any shape, integers; they may not change until they are used.
         ignore_index: target value of positions that do not count.
+        mask: bool, the targets' shape; which are valid.
         figures: (3,) int64: the number of valid targets, the smallest and the largest of them, 0 among these where
             some are not valid.
         arrival: of the figures; None where they are there.
@@ -29,6 +30,7 @@ class CountedTargets:
 
     targets: Tensor
     ignore_index: int
+    mask: Tensor
     figures: Tensor
     arrival: Any = None
 
@@ -44,18 +46,16 @@ class CountedTargets:
         valid = torch.where(mask, targets, 0) if targets.numel() else targets.new_zeros(1)
         figures = torch.stack((mask.sum(), valid.min(), valid.max()))
         if targets.device.type in ("cpu", "mps"):
-            return cls(targets, ignore_index, figures)
+            return cls(targets, ignore_index, mask, figures)
         figures = figures.to("cpu", non_blocking=True)
         arrival = torch.get_device_module(targets.device).Event()
         with torch.get_device_module(targets.device).device(targets.device):
             arrival.record()
-        return cls(targets, ignore_index, figures, arrival)
+        return cls(targets, ignore_index, mask, figures, arrival)
 
     def to(self, device: torch.device) -> CountedTargets:
         """The same targets on another device."""
-        return CountedTargets(
-            self.targets.to(device), self.ignore_index, self.figures, self.arrival
-        )
+        return replace(self, targets=self.targets.to(device), mask=self.mask.to(device))
 
     def read(self) -> tuple[int, int, int]:
         """`figures`, on the host."""
@@ -117,8 +117,7 @@ class ValidTargets:
             raise ValueError(
                 f"ignore_index is {ignore_index}, and the targets were counted with {counted.ignore_index}."
             )
-        targets = counted.targets
-        mask = targets != ignore_index
+        targets, mask = counted.targets, counted.mask
         valid_count, smallest, largest = counted.read()
         if smallest < 0 or largest >= vocab_size:
             outside = mask & ((targets < 0) | (targets >= vocab_size))
