@@ -332,6 +332,12 @@ def test_09_stationary_points_are_r_times_gate() -> None:
         wanted = logits.softmax(-1) / gates(objective, logits)
         wanted = wanted / wanted.sum(-1, keepdim=True)
         assert field(objective, logits, wanted).abs().max() < 1e-14
+        # Gates that grow with p_y: the ratio of two tokens is larger in p than in r.
+        sharpening = (logits.softmax(-1) / wanted).gather(-1, logits.argsort(-1)).diff()
+        if objective in (OBJECTIVES["p"], OBJECTIVES["alpha"], OBJECTIVES["deft"]):
+            assert (sharpening > 0).all()
+        if objective == OBJECTIVES["cayley"]:
+            assert not (sharpening > 0).all()
     # And by the library's own gradient.
     z = r.log().repeat(4, 1).requires_grad_()
     loss = gated_loss(z, torch.arange(4), OBJECTIVES["deft"]).token_loss
@@ -443,6 +449,19 @@ def test_13_a_gate_of_p_alone_descends_its_potential_and_deft_descends_none(
     for name in ("nll", "p", "dft", "alpha", "cayley", "cayley_trans"):
         assert curl(OBJECTIVES[name], tensor(*r)) < 1e-6, name
     assert curl(OBJECTIVES["deft"], tensor(*r)) > 0.01
+
+    def potential(logits: Tensor) -> float:
+        p = logits.softmax(-1).tolist()
+        gate = lambda t: t ** (t / (2 - t)) / t  # noqa: E731
+        return float(
+            sum(share * mpmath.quad(gate, [x, 1]) for share, x in zip(r, p, strict=True) if share)
+        )
+
+    logits = tensor(0.3, -1.0, 0.5)
+    slopes = [
+        (potential(logits + h) - potential(logits - h)) / 2e-4 for h in 1e-4 * torch.eye(3).double()
+    ]
+    assert_close(tensor(*slopes), -field(OBJECTIVES["cayley"], logits[None], tensor(*r))[0], 1e-6)
 
 
 def test_13_what_is_logged_is_not_what_is_descended() -> None:
