@@ -146,7 +146,7 @@ def run_study(path: Path, scale: Scale, names: Sequence[str], seeds: int, worker
                     figures = future.result()
                     append_result(path, run, figures)
                     results[run] = {name: str(value) for name, value in figures.items()}
-                    console.print(_said(run, figures), highlight=False)
+                    console.print(_said(run, figures), highlight=False, soft_wrap=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
