@@ -1,5 +1,6 @@
 # Two commands do all the set-up, each in its own virtual environment:
 #   make demo    QLoRA fine-tune with DEFT on the shipped base model (no hub, no GPU needed)
+#                (make demo-real: the same on SmolLM2-135M and word problems, out of packages)
 #   make test    lint, types, and the tests under the three lines of versions: newest, Axolotl's, lowest
 # make benchmark measures the loss against the public ones that can run here; on a GPU make test-gpu runs the core's tests, and
 # make measure-gpu both and what else is measured there.
@@ -11,10 +12,14 @@ FLOOR := .venv-floor
 BENCHMARK := .venv-benchmark
 WORKERS ?= 2
 
-.PHONY: demo test test-gpu lint benchmark measure-gpu clean
+.PHONY: demo demo-real test test-gpu lint benchmark measure-gpu clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
+
+demo-real: $(TRL)/.ready
+	$(TRL)/bin/python scripts/train.py --model smollm2 --dataset asdiv --steps 60 --batch-size 16 --learning-rate 1e-3 \
+		--held-out-rows 128 --output runs/demo-real $(ARGUMENTS)
 
 test: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready lint
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) tests/axolotl_adapter

@@ -1,12 +1,12 @@
 """The study: which objective when, measured. Regimes x objectives x seeds, with corrupted answers and without.
 
     python scripts/study.py small                     # the shipped base model: about an hour and a half on two cores
-    python scripts/study.py real                      # SmolLM2-135M, LoRA: about five hours on two cores, minutes on a GPU
+    python scripts/study.py real                      # SmolLM2-135M, LoRA: some hours on two cores, minutes on a GPU
     python scripts/study.py real --model Qwen/Qwen3-0.6B --train-rows 1500 --output runs/study/qwen.csv
     python scripts/study.py tables                    # docs/study.md out of the results files
 
-An objective's learning rate is chosen on a validation split, for each data set and share of corrupted answers, from the same
-grid: of the rates whose score is within a standard error of the best one's, that with the lowest nll. The test split is
+An objective's learning rate is chosen on a validation split, for each data set and, at the small scale, share of corrupted
+answers, from the same grid: of the rates whose score is within a standard error of the best one's, that with the lowest nll. The test split is
 then measured for each seed, which draws the training rows, which of them are corrupted, and their order, alike for
 every objective. A finished run is a line of the results file at once, and what is there is not run again: Ctrl-C and the same
 command go on. What the columns mean: study_measure.held_out_figures; `other_nll` is that of text or tasks that
@@ -84,11 +84,12 @@ def all_runs(
         runs.append(Run(name, 0.0, BASE, 0.0, GRID_SEED, "test"))
         for corrupted in CORRUPTED.get(name, (0.0,)):
             for objective in scale.objectives:
+                on = 0.0 if scale.chooses_on_clean else corrupted
                 grid = [
-                    Run(name, corrupted, objective, rate, GRID_SEED, "validation")
+                    Run(name, on, objective, rate, GRID_SEED, "validation")
                     for rate in scale.learning_rates
                 ]
-                runs += grid
+                runs += [run for run in grid if run not in runs]
                 if any(run not in results for run in grid):
                     waiting += seeds
                     continue

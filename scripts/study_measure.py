@@ -42,6 +42,8 @@ def held_out_figures(
     }
     if score == "exact":
         return {**figures, "score": exact}
+    if score == "tokens":
+        return {**figures, "score": tokens.is_top1.double().mean().item()}
     if score == "first_token":
         first = tokens.row.diff(prepend=tokens.row.new_tensor([-1])) != 0
         return {**figures, "score": tokens.is_top1[first].double().mean().item()}

@@ -48,6 +48,7 @@ class Scale:
         data: its data sets by name.
         objectives: in the order in which they run. "p" has the gradient of "dft", which is not run beside it.
         learning_rates: the grid that each objective's is chosen from.
+        chooses_on_clean: whether it is chosen on clean answers alone, and kept for corrupted ones.
         train_rows: rows that a run trains on, once.
         batch_size: rows a step.
         eval_batch_size: rows of a forward pass of an evaluation.
@@ -58,6 +59,7 @@ class Scale:
     data: dict[str, StudyData]
     objectives: tuple[str, ...]
     learning_rates: tuple[float, ...]
+    chooses_on_clean: bool
     train_rows: int
     batch_size: int = 16
     eval_batch_size: int = 32
@@ -70,6 +72,7 @@ SCALES = {
         SMALL,
         ("nll", "p", "eaft", "cayley", "cayley_trans", "deft"),
         (1e-4, 3e-4, 1e-3, 3e-3),
+        chooses_on_clean=False,
         train_rows=640,
     ),
     "real": Scale(
@@ -78,6 +81,7 @@ SCALES = {
         REAL,
         ("nll", "dft", "cayley_trans", "deft"),
         (2e-4, 6e-4, 2e-3),
+        chooses_on_clean=True,
         train_rows=384,
     ),
 }
