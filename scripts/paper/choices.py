@@ -79,8 +79,12 @@ def _read(text: str, options: Mapping[str, str], *, more_may_follow: bool = Fals
             return None
         if _words(rest).startswith(_words(options[letter])):
             return letter
-        if named is not None:
-            return named  # "E. coli" is not option E.
+        # "E. coli" is not option E, nor is "E. coli is the cause" anything to be sure of.
+        if named is not None or any(
+            " " in _words(option) and _words(text).startswith(_words(option))
+            for option in options.values()
+        ):
+            return named
         if more_may_follow or re.match(r"\s*$|\s*\n|\s*[)\].:;,\"']|\s+[-\u2013\u2014]\s", rest):
             return letter
         return None

@@ -24,7 +24,8 @@ def is_right(answer: str, reference: str) -> bool:
         reference: LaTeX or a number, with or without box or dollars; of a whole solution, its last box.
     """
     right = _parse(_reference_text(reference), boxed_match_priority=50)
-    said = _parse(answer, boxed_match_priority=0)
+    # Alone, since boxes that stand close together are read as a set.
+    said = _parse(answer[max(answer.rfind("\\boxed{"), 0) :], boxed_match_priority=0)
     if not verify(right, said):
         return False
     value = _number(right)
