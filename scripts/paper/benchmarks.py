@@ -112,6 +112,11 @@ def _load_math(files: Mapping[str, Path], chosen: Sequence[str]) -> dict[str, Ro
         raise ValueError(
             f"--data needs NAME=FILE for the suite math, NAME one of {', '.join(MATH)}; not {unknown[0]!r}."
         )
+    unknown = [name for name in chosen if name not in MATH]
+    if unknown:
+        raise ValueError(
+            f"--benchmark {unknown[0]!r} is not in the suite math. Choices: {', '.join(MATH)}."
+        )
     names = chosen or list(files) or list(MATH)
     return {
         name: read_rows(files[name]) if name in files else _from_hub(*MATH[name])
