@@ -10,8 +10,7 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner, Result
 
-pytest.importorskip("reasoning_gym", reason="needs the extra `paper`")
-import make_figfont
+pytest.importorskip("typer", reason="needs the extra `paper`")
 from paper import prepare
 from paper.experiments import BOXED
 
@@ -112,6 +111,9 @@ def test_medical_leaves_out_the_reasoning_and_rows_without_an_answer(tmp_path: P
 
 
 def test_figfont_is_what_make_figfont_writes(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym", reason="needs the extra `paper`")
+    import make_figfont
+
     result = run("figfont", "--train", "6", "--test", "2", "--output", str(tmp_path / "a"))
     assert result.exit_code == 0, result.output
     make_figfont.main(tmp_path / "b", train=6, test=2, seed=42)
