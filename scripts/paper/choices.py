@@ -36,7 +36,17 @@ def taken_option(answer: str, options: Mapping[str, str]) -> str | None:
         if stated:
             return _read(_without_lead_in(plain[stated[-1].end() :]), options, more_may_follow=True)
     lines = plain.strip().splitlines() or [""]
+    # The question's options said again are no answer, but a line after them may be.
+    listed = [line for line in lines if _is_listing(line, options)]
+    if len(set(listed)) > 1:
+        return None if lines[-1] in listed else _read(_without_lead_in(lines[-1]), options)
     return _read(plain, options) or _read(_without_lead_in(lines[-1]), options)
+
+
+def _is_listing(line: str, options: Mapping[str, str]) -> bool:
+    letter, _, text = line.strip().partition(" ")
+    letter = letter.strip("().:")
+    return letter in options and _words(text) == _words(options[letter])
 
 
 def _statements(letters: str) -> tuple[str, ...]:

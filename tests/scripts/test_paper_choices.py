@@ -42,6 +42,8 @@ OPTIONS = {
         "B is the correct answer", "(B) is the best choice", "A is incorrect. B is correct.",
         "Option A is wrong; option B is right", "I would choose option B.", "I choose B",
         # A last line.
+        "A. Aspirin\nB. Iron deficiency anemia\n\nSo (B).", "B. Iron deficiency anemia\nB. Iron deficiency anemia",
+        "B. Iron deficiency anemia\nA. is for headaches.",
         "Let us compare A and C first.\n\nTherefore, B.", "It could be many things.\nB",
         "It could be many things.\n(B) Iron deficiency anemia", "Hm.\n\nFinal answer\nB",
     ],
@@ -77,6 +79,9 @@ def test_texts_that_begin_like_letters(answer: str, letter: str | None) -> None:
         "Both A and B are right", "The answer is A or B", "The answer is A, B and C", "A, B",
         r"\boxed{A, B}", r"\boxed{A and B}", r"\boxed{}", r"\boxed{42}", r"\boxed{F}", "F", "Answer: F",
         "The answer is Paracetamol.", r"The answer is B, or rather \boxed{Paracetamol}", "Answer:", "The answer is",
+        # The question's options once more.
+        "\n".join(f"{letter}. {text}" for letter, text in OPTIONS.items()),
+        "A) Aspirin\nB) Iron deficiency anemia",
         "C'est la vie", "Answer: C'est la vie",
     ],
 )  # fmt: skip

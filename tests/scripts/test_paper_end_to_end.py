@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,32 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(problems: str) -> N
     other = run(train.app, *halves, "--learning-rate", "1e-3")
     assert other.exit_code == 2
     assert "learning_rate 5e-05, now 0.001" in " ".join(other.output.split())
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_does(problems: str, scripts: Path) -> None:
+    done(prepare.app, "math", "--data", problems, "--rows", "12")
+    options = ["math", "--objective", "deft", "--model", BASE_MODEL, "--global-batch-size", "4"]
+    options += ["--max-length", "320", "--max-steps", "2", "--learning-rate", "1e-3"]
+    done(train.app, *options, "--micro-batch-size", "2", "--output", "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(scripts / "paper/train.py"), *options, "--micro-batch-size=1", "--output=two"]
+    process = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("The model is in two/model.") == 1
+    one, two = (load_file(f"{name}/model/model.safetensors") for name in ("one", "two"))
+    base = load_file(f"{BASE_MODEL}/model.safetensors")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(tensor, base[name].float())
+    ranks = [json.loads(Path(name, "run.json").read_text())["ranks"] for name in ("one", "two")]
+    assert ranks == [1, 2]
 
 
 def test_the_loss_is_over_the_answer_alone(problems: str, monkeypatch: pytest.MonkeyPatch) -> None:
