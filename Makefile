@@ -44,7 +44,7 @@ measure-gpu: $(BENCHMARK)/.ready
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,scripts,vision,quack,dev]"
+	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,paper,vision,quack,dev]"
 	touch $@
 
 # Everything of the TRL line, with the public losses on top, which its own tests are not to see.
