@@ -199,9 +199,7 @@ def real(
     if batch_size:
         scale = replace(scale, batch_size=batch_size)
     if all_objectives:
-        others = (name for name in SCALES["small"].objectives if name not in ("p", "nll"))
-        objectives = dict.fromkeys((*scale.objectives, *others))
-        scale = replace(scale, objectives=tuple(objectives))
+        scale = replace(scale, objectives=SCALES["small"].objectives)
     if scale != SCALES["real"] and output is None:
         raise typer.BadParameter("--output: another study than the one in docs/study needs a file.")
     _start("real", scale, output, seeds, workers, data)

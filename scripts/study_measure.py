@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from answer_tokens import answer_tokens, exact_answers
-from rapidfuzz.distance import JaroWinkler
+from paper.words import jaro_winkler
 from study_data import Row
 from tasks import greedy_answers
 from torch import Tensor
@@ -47,8 +47,7 @@ def held_out_figures(
     if score == "first_token":
         first = tokens.row.diff(prepend=tokens.row.new_tensor([-1])) != 0
         return {**figures, "score": tokens.is_top1[first].double().mean().item()}
-    similarity = jaro_winkler(model, tokenizer, rows, batch_size)
-    return {**figures, "score": similarity}
+    return {**figures, "score": mean_similarity(model, tokenizer, rows, batch_size)}
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = CALIBRATION_BINS) -> float:
@@ -59,14 +58,14 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = CALIBRATI
     return (gap.abs().sum() / len(confidence)).item()
 
 
-def jaro_winkler(
+def mean_similarity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch_size: int,
     max_new_tokens: int = 12,
 ) -> float:
-    """Mean Jaro-Winkler similarity of greedy answers and references."""
+    """Mean Jaro-Winkler similarity of greedy answers and references, as the paper takes it."""
     total = 0.0
     ordered = sorted(rows, key=lambda row: len(row.question))
     for start in range(0, len(ordered), batch_size):
@@ -75,8 +74,7 @@ def jaro_winkler(
         with torch.inference_mode():
             answers = greedy_answers(model, tokenizer, prompts, max_new_tokens)
         total += sum(
-            JaroWinkler.similarity(row.answer, answer.strip())
-            for row, answer in zip(batch, answers, strict=True)
+            jaro_winkler(answer, row.answer) for row, answer in zip(batch, answers, strict=True)
         )
     return total / len(rows)
 

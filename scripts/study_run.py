@@ -35,6 +35,8 @@ BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 ON_GPU = torch.cuda.is_available()
 # The "objective" of the model before training.
 BASE = "base"
+# TRL's own nll projects the prompts' positions too, which is most of the time where answers are short.
+LOSSES = {"nll": {"loss_type": "alpha", "loss_kwargs": {"a": 0}}}
 LORA_RANK = 16
 
 
@@ -50,7 +52,8 @@ class Scale:
         learning_rates: the grid that each objective's is chosen from.
         chooses_on_clean: whether it is chosen on clean answers alone, and kept for corrupted ones.
         train_rows: rows that a run trains on, once.
-        batch_size: rows a step.
+        batch_size: rows a step, or packed rows.
+        packed_length: tokens of a packed row, which holds several rows; None for no packing.
         eval_batch_size: rows of a forward pass of an evaluation.
     """
 
@@ -62,6 +65,7 @@ class Scale:
     chooses_on_clean: bool
     train_rows: int
     batch_size: int = 16
+    packed_length: int | None = None
     eval_batch_size: int = 32
 
 
@@ -79,10 +83,12 @@ SCALES = {
         NAME,
         True,
         REAL,
-        ("nll", "dft", "cayley_trans", "deft"),
+        ("nll", "p", "cayley_trans", "deft"),
         (2e-4, 6e-4, 2e-3),
         chooses_on_clean=True,
-        train_rows=384,
+        train_rows=320,
+        batch_size=3,
+        packed_length=512,
     ),
 }
 
@@ -94,7 +100,7 @@ class Run:
     Attributes:
         data: the data set's name.
         corrupted: share of the training rows that have wrong answers.
-        objective: a `loss_type`, or `BASE`, which trains nothing.
+        objective: a `loss_type`, "nll" being computed as the others are, or `BASE`, which trains nothing.
         learning_rate: peak, after a tenth of the steps; then cosine to 0.
         seed: draws the training rows, which of them are corrupted, their order, and an adapter's beginning.
         split: "validation" for the choice of the learning rate, or "test".
@@ -147,7 +153,7 @@ def train(
             model=model,
             args=SFTConfig(
                 output_dir=scratch,
-                loss_type=run.objective,
+                **LOSSES.get(run.objective, {"loss_type": run.objective}),
                 num_train_epochs=1,
                 per_device_train_batch_size=scale.batch_size,
                 learning_rate=run.learning_rate,
@@ -156,7 +162,8 @@ def train(
                 adam_beta2=0.95,
                 weight_decay=0.01,
                 max_grad_norm=1.0,
-                max_length=None,
+                max_length=scale.packed_length,
+                packing=scale.packed_length is not None,
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",

@@ -25,7 +25,7 @@ PAGES = ("docs/study.md", "docs/which-objective.md", "README.md")
 SCALES = ("small", "real")
 BASE = "base"
 # Both names of one gradient.
-NAMES = {"p": "p, dft", "dft": "p, dft"}
+NAMES = {"p": "p, dft"}
 SUMMARY = ("nll", "p, dft", "cayley_trans", "deft")
 
 Line = Mapping[str, str]

@@ -178,18 +178,20 @@ def test_first_tokens_are_scored_one_a_row(base: tuple[Any, Any]) -> None:
     assert figures["tokens"] == 16
 
 
-def test_p_and_dft_are_one_training(tmp_path: Path) -> None:
+def test_p_and_dft_are_one_training_and_nll_is_trls(monkeypatch: pytest.MonkeyPatch) -> None:
     scale = tiny_scale()
     tokenizer = AutoTokenizer.from_pretrained(scale.model)
     trained = {}
-    for objective in ("p", "dft", "nll"):
+    monkeypatch.setitem(study_run.LOSSES, "trl_nll", {"loss_type": "nll"})
+    for objective in ("p", "dft", "nll", "trl_nll"):
         model = AutoModelForCausalLM.from_pretrained(scale.model, dtype=torch.float32)
         run = Run("tiny", 0.0, objective, 1e-3, 1, "test")
         rows = study_data.training_rows(scale.data["tiny"], 8, 0.0, 1)
         study_run.train(model, tokenizer, rows, run, scale)
         trained[objective] = torch.cat([p.detach().flatten() for p in model.parameters()])
-    between = (trained["p"] - trained["dft"]).norm()
-    assert between < 0.05 * (trained["p"] - trained["nll"]).norm()
+    apart = (trained["p"] - trained["nll"]).norm()
+    assert (trained["p"] - trained["dft"]).norm() < 0.05 * apart
+    assert (trained["nll"] - trained["trl_nll"]).norm() < 0.05 * apart
 
 
 def test_a_study_goes_on_where_it_was_left(tmp_path: Path) -> None:
@@ -209,12 +211,12 @@ def results_file(path: Path) -> Path:
     columns = ("score", "nll", "calibration_error", "focus", "p", "other_nll", "seconds")
     versions = {"torch": "2.14.1", "transformers": "5.24.0", "trl": "1.16.0"}
     runs = [Run("tiny", 0.0, BASE, 0.0, 0, "test")]
-    runs += [Run("tiny", 0.4, name, 1e-3, s, "test") for name in ("nll", "dft") for s in (1, 2, 3)]
+    runs += [Run("tiny", 0.4, name, 1e-3, s, "test") for name in ("nll", "p") for s in (1, 2, 3)]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*asdict(runs[0]), *columns, *versions])
         writer.writeheader()
         for run in runs:
-            score = 0.5 + 0.1 * run.seed + (0.05 if run.objective == "dft" else 0.0)
+            score = 0.5 + 0.1 * run.seed + (0.05 if run.objective == "p" else 0.0)
             figures = dict.fromkeys(columns, 1.0) | {"score": score}
             writer.writerow(asdict(run) | figures | versions)
     return path
