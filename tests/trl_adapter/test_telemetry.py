@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import re
 import signal
-import sqlite3
-import struct
-import sys
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +15,7 @@ from transformers import TrainerCallback
 from deft_plugin.telemetry import FILE_NAME, TRAINING, read_histograms
 from tests.distributed.ranks import run_ranks
 from tests.formula_metrics import formula_counts
+from tests.reporters import REPORTERS, assert_sent, use_folder
 from tests.trl_adapter.running import as_dataset, config, make_trainer, qwen3
 from tests.updates import Rows, label_logits, make_rows
 
@@ -193,90 +187,10 @@ def test_another_value_is_refused_when_the_configuration_is_made(
         config(tmp_path, loss_kwargs={"histograms": value})
 
 
-Sent = dict[tuple[int, str], tuple[list[float], list[float]]]
-
-
-def sent_to_tensorboard(folder: Path) -> Sent:
-    """Edges and counts by step and tag, as TensorBoard reads them."""
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
-    (directory,) = (folder / "runs").iterdir()
-    accumulator = event_accumulator.EventAccumulator(
-        str(directory), size_guidance={"histograms": 0}
-    )
-    accumulator.Reload()
-    sent = {}
-    for tag in accumulator.Tags()["histograms"]:
-        for event in accumulator.Histograms(tag):
-            value = event.histogram_value
-            edges = [value.min, *value.bucket_limit]
-            assert value.num == sum(value.bucket)
-            assert value.max == edges[-1]
-            sent[event.step, tag] = (edges, list(value.bucket))
-    return sent
-
-
-def sent_to_wandb(folder: Path) -> Sent:
-    """From the file that W&B writes offline: LevelDB's log format, with a protocol buffer in each record."""
-    import wandb
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    wandb.finish()
-    (path,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
-    sent: Sent = {}
-    for text in records(path.read_bytes()[7:], 7):
-        record = Record()
-        record.ParseFromString(text)
-        items = {tuple(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-        for tag in [key[0] for key in items if key[1:] == ("bins",)]:
-            step = items[("train/global_step",)]
-            sent[step, tag] = (items[tag, "bins"], items[tag, "values"])
-    return sent
-
-
-def records(data: bytes, start: int) -> Iterator[bytes]:
-    """Of a log whose blocks of 32 KiB began `start` bytes before."""
-    position, whole = 0, b""
-    while position < len(data):
-        left = 32_768 - (position + start) % 32_768
-        if left < 7:
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        # A whole one, or the last part of one.
-        if kind in (1, 4):
-            yield whole
-            whole = b""
-
-
-def sent_to_trackio(folder: Path) -> Sent:
-    (path,) = (folder / "trackio").glob("*.db")
-    with sqlite3.connect(path) as connection:
-        logs = [json.loads(row[0]) for row in connection.execute("SELECT metrics FROM metrics")]
-    return {
-        (log["train/global_step"], name): (value["bins"], value["values"])
-        for log in logs
-        for name, value in log.items()
-        if isinstance(value, dict)
-    }
-
-
-@pytest.mark.parametrize(
-    ("reporter", "read"),
-    [
-        ("tensorboard", sent_to_tensorboard),
-        ("wandb", sent_to_wandb),
-        ("trackio", sent_to_trackio),
-    ],
-)
+@pytest.mark.parametrize("reporter", REPORTERS)
 def test_the_trainers_own_reporter_gets_them(
-    tmp_path: Path, reporter: str, read: Callable[[Path], Sent], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, reporter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not find_spec(reporter):
-        pytest.skip(f"{reporter} is not installed")
     use_folder(reporter, tmp_path, monkeypatch)
     args = asked_for(
         tmp_path,
@@ -288,32 +202,7 @@ def test_the_trainers_own_reporter_gets_them(
     )
     rows = make_rows(4)
     make_trainer(args, rows, eval_dataset=as_dataset(rows)).train()
-    sent = read(tmp_path)
-    for entry in read_histograms(tmp_path / FILE_NAME):
-        for name, histogram in entry.histograms.items():
-            tag = f"{'train' if entry.split == TRAINING else 'eval'}/{name}"
-            for suffix, bins in (("", histogram.linear()), ("_log10", histogram.log10())):
-                edges, counts = sent.pop((entry.step, tag + suffix))
-                assert edges == pytest.approx(bins[0])
-                assert counts == bins[1]
-    assert not sent
-
-
-def use_folder(reporter: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep what a reporter writes in a folder, and it from the network."""
-    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(folder))):
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    if reporter == "trackio":
-        import trackio
-
-        for name, module in list(sys.modules.items()):
-            if name.startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
-                monkeypatch.setattr(module, "TRACKIO_DIR", folder / "trackio")
-        known = inspect.signature(trackio.init).parameters
-        if "bucket_id" not in known:
-            # Axolotl pins 0.19, which transformers' callback does not fit.
-            init = trackio.init
-            monkeypatch.setattr(trackio, "init", lambda bucket_id, **given: init(**given))
+    assert_sent(reporter, tmp_path)
 
 
 def test_no_reporter_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
