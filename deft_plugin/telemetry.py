@@ -8,13 +8,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
-from transformers.integrations.integration_utils import rewrite_logs
 
 from .histograms import EDGES, QUANTITIES, Histogram
 
@@ -91,6 +88,15 @@ class Telemetry:
 
     def report(self) -> None:
         """Give what was written since to the trainer's reporters, which have begun when they were given the metrics."""
+        # Not before: the file's readers need torch alone.
+        from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+        from transformers.integrations.integration_utils import rewrite_logs
+
+        senders = {
+            TensorBoardCallback: _to_tensorboard,
+            WandbCallback: _to_wandb,
+            TrackioCallback: _to_trackio,
+        }
         for entry in self._unreported:
             prefix = "" if entry.split == TRAINING else f"{entry.split}_"
             bins: dict[str, Bins] = {}
@@ -100,7 +106,7 @@ class Telemetry:
             # "train/gate" and "eval/gate", beside "train/mean_gate".
             bins = rewrite_logs(bins)
             for callback in self._trainer.callback_handler.callbacks:
-                for kind, send in _REPORTERS.items():
+                for kind, send in senders.items():
                     if isinstance(callback, kind):
                         send(callback, bins, entry.step)
         self._unreported.clear()
@@ -149,13 +155,6 @@ def _as_panels(kind: Any, bins: Mapping[str, Bins], step: int) -> dict[str, Any]
     """What both take, with the axis over which transformers has their metrics drawn."""
     panels = {tag: kind(np_histogram=(counts, edges)) for tag, (edges, counts) in bins.items()}
     return {**panels, "train/global_step": step}
-
-
-_REPORTERS: dict[type, Callable[[Any, Mapping[str, Bins], int], None]] = {
-    TensorBoardCallback: _to_tensorboard,
-    WandbCallback: _to_wandb,
-    TrackioCallback: _to_trackio,
-}
 
 
 def _format(entry: LoggedHistograms) -> str:
