@@ -199,11 +199,11 @@ def _check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
     yield from (Finding("note", change) for change in changes)
     from .axolotl.args import DEFTSettings
 
-    settings, parameters = DEFTSettings(**(cfg.deft or {})).split()
+    core, _, parameters = DEFTSettings(**(cfg.deft or {})).split()
     texts = [
         *_missing_files(values),
         *_deepspeed_problems(values.get("deepspeed")),
-        *_path_problems(settings.path, _device()),
+        *_path_problems(core.path, _device()),
     ]
     found = [*unknown_keys(values), *(Finding("error", text) for text in texts)]
     yield from found
@@ -444,7 +444,7 @@ def _trl_problems(parser: Any, arguments: list[str], loss_type: Any) -> list[str
     """What `deft sft` would refuse in its arguments, apart from keys that it does not know."""
     from trl import ModelConfig, get_peft_config
 
-    from .trl.config import core_settings_of, objective_of
+    from .trl.config import objective_of, settings_of
     from .trl.conflicts import find_conflicts
 
     errors = io.StringIO()
@@ -456,7 +456,7 @@ def _trl_problems(parser: Any, arguments: list[str], loss_type: Any) -> list[str
                 return []
             model = next(part for part in parsed if isinstance(part, ModelConfig))
             return [
-                *_path_problems(core_settings_of(training).path, training.device),
+                *_path_problems(settings_of(training)[0].path, training.device),
                 *find_conflicts(training, get_peft_config(model), loss_type),
             ]
     except (Exception, SystemExit) as error:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .histograms import SIZE, Histogram, count_up_to, histograms_of, upper_edges
 from .ops import GatedLoss
 
 CLOSED_GATE = 0.1
@@ -25,6 +26,8 @@ METRICS = {
 SKIPPING_METRICS = {
     "skipped_share": "share of the gradients' products, tokens times vocabulary, that was left out",
 }
+# Of one forward pass, besides the histograms' counts.
+_SUMS = 14
 
 
 class TokenMetrics:
@@ -32,13 +35,17 @@ class TokenMetrics:
 
     Args:
         of_parts: whether forward passes are of parts of sequences, some of which have no token to score.
+        histograms: whether to count tokens for them too.
 
     Attributes:
         troubles: sentences on what was wrong with the window that `means` was last called for.
+        histograms: of that window on all ranks, by name; without those that it has no token for.
     """
 
-    def __init__(self, of_parts: bool = False) -> None:
+    def __init__(self, of_parts: bool = False, histograms: bool = False) -> None:
         self.troubles: list[str] = []
+        self.histograms: dict[str, Histogram] = {}
+        self._edges = upper_edges() if histograms else None
         self._of_parts = of_parts
         self._sums: Tensor | None = None
         self._has_focus = True
@@ -79,6 +86,10 @@ class TokenMetrics:
                 )
             ]
         )
+        if self._edges is not None:
+            # On the device from the first pass on.
+            self._edges = self._edges.to(gated.log_p)
+            sums = torch.cat((sums, count_up_to(self._edges, gated, rows, dtype)))
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
     def means(self, device: torch.device | str = "cpu") -> dict[str, float]:
@@ -86,11 +97,14 @@ class TokenMetrics:
 
         Collective when torch.distributed is initialised: every rank has to call it.
         """
-        sums = torch.zeros(14, dtype=torch.float64) if self._sums is None else self._sums
+        size = _SUMS if self._edges is None else _SUMS + SIZE
+        sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
-        count, *totals, not_finite, passes, empty_passes = sums.tolist()
+        values = sums.tolist()
+        count, *totals, not_finite, passes, empty_passes = values[:_SUMS]
+        self.histograms = histograms_of(values[_SUMS:])
         self.troubles = []
         if not_finite:
             self.troubles.append(

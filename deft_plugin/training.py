@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +18,39 @@ from . import evaluation_rows
 from .checks import check_batch, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
-from .ops import GatedLoss
+from .ops import CoreSettings, GatedLoss, split_settings
 from .parallelism import check_loader, splits_sequences
 from .step_mean import StepMean
+from .telemetry import TRAINING, Telemetry
 
 logger = logging.getLogger("deft_plugin")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of a training, beside those of the loss's computation.
+
+    Args:
+        histograms: whether to write histograms beside the means (see `telemetry`).
+
+    Raises:
+        ValueError: a value of another type.
+    """
+
+    histograms: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.histograms, bool):
+            raise ValueError(f"histograms is {self.histograms!r}; it must be true or false.")
+
+
+def split_parameters(
+    parameters: Mapping[str, Any],
+) -> tuple[CoreSettings, TrainingSettings, dict[str, Any]]:
+    """What trainers take under one heading: the core's settings, the training's, and the objective's parameters."""
+    core, rest = split_settings(parameters)
+    names = {field.name for field in dataclasses.fields(TrainingSettings)} & rest.keys()
+    return core, TrainingSettings(**{name: rest.pop(name) for name in names}), rest
 
 
 class GatedTraining(TrainerCallback):
@@ -36,7 +66,10 @@ class GatedTraining(TrainerCallback):
         ValueError: a weight of the model is NaN; its tokenizer pads with a token that it does not have.
     """
 
-    def __init__(self, trainer: Any, head: GatedHead) -> None:
+    def __init__(
+        self, trainer: Any, head: GatedHead, settings: TrainingSettings | None = None
+    ) -> None:
+        settings = settings or TrainingSettings()
         self.head = head
         self._writes_log = trainer.is_world_process_zero()
         if self._writes_log:
@@ -46,8 +79,10 @@ class GatedTraining(TrainerCallback):
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)
-        self._train = TokenMetrics(of_parts=splits_sequences(trainer))
-        self._eval = TokenMetrics()
+        self._train = TokenMetrics(splits_sequences(trainer), settings.histograms)
+        self._eval = TokenMetrics(histograms=settings.histograms)
+        writes_histograms = settings.histograms and self._writes_log
+        self._telemetry = Telemetry(trainer) if writes_histograms else None
         # The data sets whose next batch is the first.
         self._at_beginning = {"train_dataset", "eval_dataset"}
         trainer.add_callback(self)
@@ -89,10 +124,20 @@ class GatedTraining(TrainerCallback):
                 "batch has no labels, or something has replaced the model's forward or the trainer's loss."
             )
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Forget the unlogged rest of an earlier, failed or interrupted training."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the unlogged rest of an earlier, failed or interrupted training, and what it logged after a checkpoint."""
         self._train.reset()
         self._at_beginning.add("train_dataset")
+        if self._telemetry is not None:
+            self._telemetry.begin_training(state.global_step)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Give the reporters the histograms, after the means, which came to them as callbacks before this one."""
+        if self._telemetry is not None:
+            self._telemetry.report()
+
+    # A prediction is not logged.
+    on_predict = on_log
 
     def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
         """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
@@ -109,9 +154,8 @@ class GatedTraining(TrainerCallback):
             device: for the sums over ranks.
         """
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._train.means(device))
+            logs.update(self._means_of(self._train, device, "Since the last log", TRAINING))
             self._train.reset()
-            self._tell(self._train, "Since the last log")
 
     @contextmanager
     def evaluating(self, loader: Any) -> Iterator[None]:
@@ -121,16 +165,21 @@ class GatedTraining(TrainerCallback):
         with evaluation_rows.countable(loader):
             yield
 
-    def eval_means(self, device: torch.device | str) -> dict[str, float]:
-        """Means over the evaluation on all ranks. Collective."""
-        means = self._eval.means(device)
-        self._tell(self._eval, "In this evaluation")
-        return means
+    def eval_means(self, prefix: str, device: torch.device | str) -> dict[str, float]:
+        """Means over the evaluation on all ranks, whose metrics have this prefix. Collective."""
+        return self._means_of(self._eval, device, "In this evaluation", prefix)
 
-    def _tell(self, metrics: TokenMetrics, when: str) -> None:
+    def _means_of(
+        self, metrics: TokenMetrics, device: torch.device | str, when: str, split: str
+    ) -> dict[str, float]:
+        """The means of a window, whose histograms are written, and of whose troubles is told."""
+        means = metrics.means(device)
+        if self._telemetry is not None:
+            self._telemetry.write(split, metrics.histograms)
         if self._writes_log:
             for trouble in metrics.troubles:
                 logger.warning("%s, %s.", when, trouble)
+        return means
 
 
 def own_rows(trainer: Any, labels: Tensor) -> int:

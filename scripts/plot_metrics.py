@@ -1,10 +1,13 @@
 """Plot what the gates did in a run: objective and nll, focus and gate, entropy, accuracy.
 
 python scripts/plot_metrics.py runs/demo/trainer_state.json      # writes runs/demo/metrics.png
+
+With the run's gate_histograms.jsonl beside it, or beside its checkpoint, also histograms_training.png, histograms_eval.png.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +17,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import typer
+from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
+
+from deft_plugin.histograms import QUANTITIES
+from deft_plugin.telemetry import FILE_NAME, LoggedHistograms, read_histograms
 
 # Panels: title, metrics and their labels, whether the axis is [0, 1]. A panel without data is left out.
 PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
@@ -77,6 +85,52 @@ def plot_metrics(log_history: Sequence[dict[str, Any]], path: Path, title: str) 
     plt.close(figure)
 
 
+def plot_histograms(entries: Sequence[LoggedHistograms], path: Path, title: str) -> None:
+    """Draw the histograms of one split as heat maps over steps: tokens by value, and by its power of ten."""
+    names = [name for name in QUANTITIES if any(name in entry.histograms for entry in entries)]
+    figure, axes = plt.subplots(
+        len(names),
+        2,
+        figsize=(10, 0.5 + 3 * len(names)),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.suptitle(title, fontsize=11)
+    for row, name in zip(axes, names, strict=True):
+        logged = [entry for entry in entries if name in entry.histograms]
+        steps = _around([entry.step for entry in logged])
+        histograms = [entry.histograms[name] for entry in logged]
+        for axis, views, label in (
+            (row[0], [histogram.linear() for histogram in histograms], "{}"),
+            (row[1], [histogram.log10() for histogram in histograms], "log10 of {}"),
+        ):
+            # Those with values above 1 have a bin more.
+            edges = max((edges for edges, _ in views), key=len)
+            shares = np.zeros((len(edges) - 1, len(views)))
+            for column, (_, counts) in enumerate(views):
+                shares[: len(counts), column] = np.array(counts) / sum(counts)
+            # Bins without tokens stay white.
+            cells = np.ma.masked_equal(shares, 0)
+            mesh = axis.pcolormesh(steps, edges, cells, norm=PowerNorm(0.5, 0, 1))
+            lowest = edges[np.flatnonzero(shares.sum(1))[0]]
+            axis.set_ylim(bottom=min(lowest, -4) if label != "{}" else 0)
+            axis.set_ylabel(label.format(name.replace("_", " ")), fontsize=10)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.tick_params(labelbottom=True)
+    figure.colorbar(mesh, ax=axes, label="share of tokens")
+    figure.supxlabel("optimizer step", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _around(steps: Sequence[int]) -> list[float]:
+    """Edges half-way between ascending steps, and as far before the first and after the last."""
+    middles = [(step + following) / 2 for step, following in itertools.pairwise(steps)]
+    first, last = middles[:1] or [steps[0] + 0.5], middles[-1:] or [steps[0] - 0.5]
+    return [2 * steps[0] - first[0], *middles, 2 * steps[-1] - last[0]]
+
+
 def _series(log_history: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
     """Values by step; the last one where a step was logged twice."""
     return {entry["step"]: entry[name] for entry in log_history if name in entry}
@@ -95,6 +149,16 @@ def main(
     path = output or trainer_state.with_name("metrics.png")
     plot_metrics(state["log_history"], path, str(trainer_state.parent))
     print(f"Written to {path}")
+    folder = trainer_state.parent
+    folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    for file in [parent / FILE_NAME for parent in folders if (parent / FILE_NAME).exists()][:1]:
+        entries = read_histograms(file)
+        for split in dict.fromkeys(entry.split for entry in entries):
+            path = (output or trainer_state).with_name(f"histograms_{split}.png")
+            own = [entry for entry in entries if entry.split == split]
+            own.sort(key=lambda entry: entry.step)
+            plot_histograms(own, path, f"{folder}, {split}")
+            print(f"Written to {path}")
 
 
 if __name__ == "__main__":

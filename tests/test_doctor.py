@@ -135,7 +135,7 @@ def test_a_trl_file_with_an_objective_is_fine(
         **TRL,
         "output_dir": str(tmp_path),
         "loss_type": "alpha",
-        "loss_kwargs": '{"a": 0.25}',
+        "loss_kwargs": '{"a": 0.25, "histograms": true}',
     }
     path.write_text(yaml.safe_dump(values))
     status, output = run(capsys, monkeypatch, str(path))
@@ -150,6 +150,10 @@ def test_a_trl_file_with_an_objective_is_fine(
         ({"loss_type": "nll"}, "TRL's own loss"),
         ({"loss_type": "dfet"}, "dfet"),
         ({"loss_type": "alpha", "loss_kwargs": '{"b": 1}'}, "'b'"),
+        (
+            {"loss_type": "deft", "loss_kwargs": {"histograms": 1}},
+            "histograms is 1; it must be true",
+        ),
         ({"loss_type": "deft", "no_such_key": 1}, "no_such_key"),
     ],
 )

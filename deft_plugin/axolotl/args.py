@@ -13,8 +13,9 @@ from typing_extensions import Self
 
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import describe_parameters, objective_class
-from ..ops import PATHS, CoreSettings, split_settings
+from ..ops import PATHS, CoreSettings
 from ..parallelism import check_couples_no_parts
+from ..training import TrainingSettings, split_parameters
 from .adjustments import DEFAULT_OBJECTIVE
 from .conflicts import find_conflicts
 
@@ -43,7 +44,7 @@ def _signatures() -> str:
 
 
 class DEFTSettings(BaseModel):
-    """The `deft:` block: parameters of the objective, and settings of the gated head."""
+    """The `deft:` block: parameters of the objective, and settings of the gated head and of training."""
 
     # The other keys are the objective's parameters, which the objective checks itself.
     model_config = ConfigDict(extra="allow", strict=True)
@@ -70,15 +71,20 @@ class DEFTSettings(BaseModel):
         description="Share of the gradient in the logits that the gradients' products may lose, for example "
         "0.002 (2^-9), so that they take fewer vocabulary entries and tokens. 0 leaves none out.",
     )
+    histograms: bool = Field(
+        default=False,
+        description="Whether to write histograms of target probability, focus and gate, beside the log's means, to "
+        "the run's reporters and to gate_histograms.jsonl in output_dir.",
+    )
 
     @model_validator(mode="after")
     def _valid_settings(self) -> Self:
         self.split()
         return self
 
-    def split(self) -> tuple[CoreSettings, dict[str, Any]]:
-        """The core's settings and the objective's parameters."""
-        return split_settings(self.model_dump(exclude={"module"}))
+    def split(self) -> tuple[CoreSettings, TrainingSettings, dict[str, Any]]:
+        """The core's settings, the training's, and the objective's parameters."""
+        return split_parameters(self.model_dump(exclude={"module"}))
 
 
 class DEFTArgs(BaseModel):
@@ -92,7 +98,7 @@ class DEFTArgs(BaseModel):
     deft: DEFTSettings = Field(
         default_factory=DEFTSettings,
         description=f"Parameters of the objective, with defaults: {_signatures()}. Beside them: module, "
-        "path, tile_rows, skip_below.",
+        "path, tile_rows, skip_below, histograms.",
     )
     # After the block, whose module may register it.
     deft_objective: str = Field(
@@ -139,7 +145,7 @@ class DEFTArgs(BaseModel):
     @model_validator(mode="after")
     def _valid_parameters(self) -> Self:
         try:
-            objective = build_objective(self.deft_objective, self.deft.split()[1])
+            objective = build_objective(self.deft_objective, self.deft.split()[2])
         except ValueError as error:
             raise ValueError(f"deft: {error}") from None
         for key in ("context_parallel_size", "sequence_parallel_degree"):

@@ -81,9 +81,9 @@ class DEFTPlugin(BasePlugin):
                 f"The trainer is a {type(trainer).__name__}, not the {DEFTTrainer.__name__} of deft_plugin: "
                 "another plugin has replaced it. Remove that plugin, or DEFTPlugin."
             )
-        settings, parameters = DEFTSettings(**(cfg.deft or {})).split()
+        core, training, parameters = DEFTSettings(**(cfg.deft or {})).split()
         objective = build_objective(cfg.deft_objective, parameters)
-        trainer.install(objective, settings)
+        trainer.install(objective, core, training)
         _say(_summary(trainer, objective))
         return [_CheckAtTrainBegin(trainer)]
 

@@ -15,7 +15,7 @@ from ..head import add_gated_head
 from ..objectives import Objective
 from ..ops import CoreSettings
 from ..quantization import keep_cpu_weights_unpacked
-from ..training import GatedTraining, own_rows
+from ..training import GatedTraining, TrainingSettings, own_rows
 from .context_parallel import with_shifted_labels
 
 
@@ -45,7 +45,12 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
     `install` gives the model its gated head; without it, nothing can be trained or evaluated.
     """
 
-    def install(self, objective: Objective, settings: CoreSettings) -> None:
+    def install(
+        self,
+        objective: Objective,
+        core: CoreSettings,
+        training: TrainingSettings | None = None,
+    ) -> None:
         """Give the model its gated head.
 
         Raises:
@@ -58,7 +63,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
                 "deft_plugin does not support. Start one process per GPU, as axolotl train does, or show "
                 "one GPU: CUDA_VISIBLE_DEVICES=0."
             )
-        head = add_gated_head(self.model, objective, with_entropy=True, **asdict(settings))
+        head = add_gated_head(self.model, objective, with_entropy=True, **asdict(core))
         for name in ("train_dataset", "eval_dataset"):
             warn = self.is_world_process_zero()
             check_data(name, getattr(self, name), head.model, warn=warn)
@@ -67,7 +72,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
         # shifts labels also for a model whose loss transformers does not know.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self._gated = GatedTraining(self, head)
+        self._gated = GatedTraining(self, head, training)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._installed()
@@ -121,7 +126,7 @@ class DEFTTrainer(AxolotlTrainer, _LogOfTokens):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         # In the output rather than in the log alone, so that metric_for_best_model: eval_nll works.
-        means = gated.eval_means(self.args.device)
+        means = gated.eval_means(metric_key_prefix, self.args.device)
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})
         return output
 

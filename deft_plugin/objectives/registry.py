@@ -15,7 +15,7 @@ from .base import Objective, check_needs, describe_type
 from .statistics import TokenStatistics
 
 # What trainers take beside an objective's parameters, under the same heading.
-RESERVED_PARAMETERS = ("path", "tile_rows", "skip_below", "module")
+RESERVED_PARAMETERS = ("path", "tile_rows", "skip_below", "histograms", "module")
 
 _OBJECTIVES: dict[str, type[Objective]] = {}
 

@@ -14,7 +14,8 @@ from trl.trainer import sft_trainer
 
 from ..metrics import METRICS
 from ..objectives import Objective, build_objective, objective_names
-from ..ops import CoreSettings, split_settings
+from ..ops import CoreSettings
+from ..training import TrainingSettings, split_parameters
 
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
@@ -29,7 +30,8 @@ _OWN_METRICS = tuple(
 LOSS_KWARGS_HELP = (
     "Parameters of the objective given by `loss_type`, as a dict or JSON text, for example "
     '\'{"floor_coefficient": 0.5}\' with `loss_type="cayley_trans"`. For every objective also path, '
-    "tile_rows and skip_below: how the loss is computed (see deft_plugin.linear_gated_loss)."
+    "tile_rows and skip_below: how the loss is computed (see deft_plugin.linear_gated_loss), and histograms: "
+    "true for histograms of probability, focus and gate beside the log's means."
 )
 
 
@@ -53,7 +55,7 @@ def objective_of(args: Any) -> Objective | None:
                 build_objective(name)
             except ValueError as error:
                 raise ValueError(f"loss_type={name!r}: {error} TRL's own: {own}.") from None
-        return build_objective(name, split_settings(parameters)[1])
+        return build_objective(name, split_parameters(parameters)[2])
     if parameters:
         raise ValueError(
             f"loss_kwargs={parameters!r} would be ignored: loss_type={name!r} is TRL's own loss and takes "
@@ -62,9 +64,10 @@ def objective_of(args: Any) -> Objective | None:
     return None
 
 
-def core_settings_of(args: Any) -> CoreSettings:
-    """How training arguments want the objective to be computed."""
-    return split_settings(_parse(getattr(args, "loss_kwargs", None)))[0]
+def settings_of(args: Any) -> tuple[CoreSettings, TrainingSettings]:
+    """How training arguments want the objective to be computed, and what else of its training."""
+    core, training, _ = split_parameters(_parse(getattr(args, "loss_kwargs", None)))
+    return core, training
 
 
 def check_metric_for_best_model(args: Any) -> None:

@@ -34,14 +34,14 @@ from ..ops.availability import resolve_path
 from ..parallelism import check_lengths, count_tokens_of_step, scoring_parts
 from ..quantization import keep_cpu_weights_unpacked
 from ..substitution import attribute_of
-from ..training import GatedTraining, own_rows
+from ..training import GatedTraining, TrainingSettings, own_rows
 from .config import (
     HAS_FUSED_HEAD,
     SFTConfig,
     check_metric_for_best_model,
-    core_settings_of,
     extend_config_class,
     objective_of,
+    settings_of,
 )
 from .conflicts import check_conflicts, check_unchanged
 
@@ -112,8 +112,8 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
                 check_metric_for_best_model(training_args)
             original["__init__"](self, *args, **kwargs)
             return
-        settings = core_settings_of(training_args)
-        resolve_path(settings.path, training_args.device)
+        core, training = settings_of(training_args)
+        resolve_path(core.path, training_args.device)
         check_conflicts(type(self), arguments, objective.name)
         _keep_ligers_other_kernels(training_args, objective.name)
         with _stand_in(training_args), _without_trls_head():
@@ -121,7 +121,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
                 original["__init__"](self, *args, **kwargs)
             except StopIteration:
                 raise ValueError("train_dataset or eval_dataset, a stream, has no rows.") from None
-        self._gating = _install(self, objective, settings)
+        self._gating = _install(self, objective, core, training)
         _check_data(self, arguments)
 
     @functools.wraps(original["get_batch_samples"])
@@ -194,7 +194,7 @@ def extend_trainer_class(cls: type) -> Callable[[], None]:
         signature = inspect.signature(original["evaluation_loop"])
         bound = signature.bind(self, dataloader, *args, **kwargs)
         prefix = bound.arguments.get("metric_key_prefix", "eval")
-        means = gating.eval_means(self.args.device)
+        means = gating.eval_means(prefix, self.args.device)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
@@ -237,7 +237,9 @@ def _argument_names(cls: type) -> list[str]:
     return next(list(s.parameters)[1:] for s in signatures if "model" in s.parameters)
 
 
-def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> GatedTraining:
+def _install(
+    trainer: Any, objective: Objective, core: CoreSettings, training: TrainingSettings
+) -> GatedTraining:
     """Give a new trainer's model its gated head."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -251,14 +253,14 @@ def _install(trainer: Any, objective: Objective, settings: CoreSettings) -> Gate
     if hasattr(model, "router_aux_loss_coef") and coefficient is not None:
         model.router_aux_loss_coef = coefficient
     head = add_gated_head(
-        trainer.model, objective, with_entropy=True, output_class=TRLOutput, **asdict(settings)
+        trainer.model, objective, with_entropy=True, output_class=TRLOutput, **asdict(core)
     )
     keep_cpu_weights_unpacked(trainer.model)
     # Trainer has looked at the model before it had a gated head, which shifts labels and takes
     # num_items_in_batch whatever the model's own forward does.
     trainer.model_accepts_loss_kwargs = True
     trainer._loss_shifts_labels = True
-    return GatedTraining(trainer, head)
+    return GatedTraining(trainer, head, training)
 
 
 def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from deft_plugin import gated_loss
 from deft_plugin.axolotl.args import DEFTArgs
 from deft_plugin.objectives import build_objective
+from deft_plugin.objectives.registry import RESERVED_PARAMETERS
 
 from .running import DEFINING, LIGER, PLUGIN, configuration, validate
 
@@ -40,6 +41,7 @@ def test_one_line_means_deft() -> None:
         ("cayley_trans", {"floor_coefficient": 0.3, "minimum": 0.01}),
         ("eaft", {"k": 5}),
         ("alpha", {"a": 0.2, "path": "chunked", "tile_rows": 64, "skip_below": 0.001}),
+        ("deft", {"histograms": True}),
         ("deft", {}),
     ],
 )
@@ -80,6 +82,8 @@ def test_an_empty_block_is_no_block() -> None:
         ({"deft": {"path": "cuda"}}, ["deft", "path='cuda'", "chunked"]),
         ({"deft": {"tile_rows": 0}}, ["deft.tile_rows", "0", "greater than 0"]),
         ({"deft": {"tile_rows": "64"}}, ["deft.tile_rows", "'64'", "integer"]),
+        ({"deft": {"histograms": "yes"}}, ["deft.histograms", "'yes'", "boolean"]),
+        ({"deft": {"histogram": True}}, ["'histogram'. Did you mean 'histograms'?"]),
         ({"deft": "cayley_trans"}, ["deft", "'cayley_trans'", "dictionary"]),
         ({"deft_objectve": "nll"}, ["'deft_objectve'", "'deft_objective'"]),
         ({"DEFT": {}}, ["'DEFT'", "'deft'"]),
@@ -242,3 +246,6 @@ def test_every_key_has_a_description_with_the_choices() -> None:
     properties = DEFTArgs.model_json_schema()["properties"]
     assert "cayley_trans" in properties["deft_objective"]["description"]
     assert "floor_coefficient=0.5" in properties["deft"]["description"]
+    assert [
+        name for name in RESERVED_PARAMETERS if name not in properties["deft"]["description"]
+    ] == []

@@ -29,7 +29,7 @@ def findings(tmp_path: Path, overrides: dict[Any, Any]) -> list[Finding]:
 
 
 def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
-    block = {"scope": "fixed", "mean_probability": 0.25, "tile_rows": 64}
+    block = {"scope": "fixed", "mean_probability": 0.25, "tile_rows": 64, "histograms": True}
     (finding,) = findings(tmp_path, {"deft_objective": "cayley_trans", "deft": block})
     assert finding.level == "ok"
     assert "CayleyTrans" in finding.text
@@ -45,6 +45,7 @@ def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
         ({"plugins": [PLUGIN, "no_such_package.Plugin"]}, "no_such_package"),
         ({"deft_objective": "dfet"}, "dfet"),
         ({"use_eaft": True}, "use_eaft"),
+        ({"deft": {"histograms": "yes"}}, "deft.histograms: 'yes'"),
         ({"micro_batch_size": "many"}, "micro_batch_size"),
         ({"micro_batch_size": "many"}, "'many'"),
         (

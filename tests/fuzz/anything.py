@@ -16,6 +16,7 @@ WORDS = [
         "path",
         "tile_rows",
         "skip_below",
+        "histograms",
         "module",
         "auto",
         "chunked",

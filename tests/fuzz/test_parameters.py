@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deft_plugin import Objective, build_objective, linear_gated_loss, objective_names
-from deft_plugin.ops import split_settings
+from deft_plugin.training import split_parameters
 
 from .anything import parameters, values
 
@@ -23,7 +23,7 @@ from .anything import parameters, values
 @example("deft", {"a": math.nan})
 def test_an_objective_is_valid_or_refused(name: Any, given_parameters: dict[str, Any]) -> None:
     try:
-        core, rest = split_settings(given_parameters)
+        core, _, rest = split_parameters(given_parameters)
         objective = build_objective(name, rest)
     except ValueError as error:
         assert str(error)
@@ -61,7 +61,7 @@ def test_loss_kwargs_of_the_trainer_are_valid_or_refused(given_value: Any, as_js
             bf16=False,
         )
     except ValueError as error:
-        named = ("loss_kwargs", "cayley_trans", "path", "tile_rows", "skip_below")
+        named = ("loss_kwargs", "cayley_trans", "path", "tile_rows", "skip_below", "histograms")
         assert any(name in str(error) for name in named)
         return
     assert args.loss_type == "cayley_trans"

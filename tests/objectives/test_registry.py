@@ -49,6 +49,7 @@ def test_a_name_in_another_case_is_answered_with_the_right_one(name: str) -> Non
         ("deft", "tile_row", "tile_rows"),
         ("deft", "Path", "path"),
         ("alpha", "skipbelow", "skip_below"),
+        ("deft", "histogram", "histograms"),
     ],
 )
 def test_a_misspelt_setting_among_the_parameters_is_recognised(

@@ -16,6 +16,7 @@ from deft_plugin import Objective, TokenStatistics, WeightedObjective, gated_los
 from deft_plugin.objectives import MissingStatisticError, family
 from deft_plugin.objectives.registry import RESERVED_PARAMETERS
 from deft_plugin.ops import CoreSettings
+from deft_plugin.training import TrainingSettings
 
 from .cases import (
     LINEAR_PATHS,
@@ -228,5 +229,6 @@ def test_names_of_settings_cannot_be_parameters(name: str) -> None:
         deft_plugin.register_objective("shadow")(shadow)
 
 
-def test_every_setting_of_the_core_is_reserved() -> None:
-    assert {field.name for field in dataclasses.fields(CoreSettings)} < {*RESERVED_PARAMETERS}
+def test_every_setting_is_reserved() -> None:
+    settings = (*dataclasses.fields(CoreSettings), *dataclasses.fields(TrainingSettings))
+    assert {field.name for field in settings} | {"module"} == {*RESERVED_PARAMETERS}

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 import deft_plugin
+from deft_plugin.objectives.registry import RESERVED_PARAMETERS
 from deft_plugin.trl import SFTConfig
 
 PARAMETERS = {"floor_coefficient": 0.25, "scope": "fixed", "mean_probability": 0.5}
@@ -90,6 +91,8 @@ def test_help_names_every_objective(config_class: Any) -> None:
     text = " ".join(HfArgumentParser(config_class).format_help().split())
     assert "loss_kwargs" in text
     assert [name for name in deft_plugin.objective_names() if name not in text] == []
+    settings = [name for name in RESERVED_PARAMETERS if name != "module"]
+    assert [name for name in settings if name not in text] == []
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,12 @@ def test_help_names_every_objective(config_class: Any) -> None:
         ({"loss_type": "nll", "loss_kwargs": {"a": 0.5}}, r"'a': 0.5.*would be ignored.*'nll'"),
         ({"loss_type": "deft", "loss_kwargs": {"path": "cuda"}}, "path='cuda'.*'chunked'"),
         ({"loss_type": "deft", "loss_kwargs": {"skip_below": 2}}, r"skip_below is 2.*\[0, 1\)"),
+        (
+            {"loss_type": "deft", "loss_kwargs": {"histograms": "yes"}},
+            "histograms is 'yes'; it must be true",
+        ),
+        ({"loss_type": "deft", "loss_kwargs": {"histogram": True}}, r"Did you mean 'histograms'\?"),
+        ({"loss_type": "nll", "loss_kwargs": {"histograms": True}}, "would be ignored.*'nll'"),
         ({"loss_type": "alpha", "loss_kwargs": "a=1"}, "loss_kwargs='a=1' is not JSON"),
         ({"loss_type": "alpha", "loss_kwargs": "[1]"}, "loss_kwargs.*must be a dict"),
         ({"loss_type": "alpha", "loss_kwargs": [1]}, "loss_kwargs.*must be a dict"),
