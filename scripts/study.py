@@ -47,12 +47,19 @@ Results = dict[Run, dict[str, str]]
 
 
 def read_results(path: Path) -> Results:
-    """The results file's lines, by run."""
+    """The results file's lines, by run.
+
+    Raises:
+        typer.BadParameter: it is another file.
+    """
     if not path.exists():
         return {}
     types = {field.name: {"float": float, "int": int}.get(field.type, str) for field in fields(Run)}
     with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    if not types.keys() <= set(reader.fieldnames or ()):
+        raise typer.BadParameter(f"--output: {path} is there and is no results file of a study.")
     return {Run(**{name: cast(line[name]) for name, cast in types.items()}): line for line in lines}
 
 
