@@ -5,8 +5,8 @@
     python scripts/study.py real --model Qwen/Qwen3-0.6B --train-rows 1500 --output runs/study/qwen.csv
     python scripts/study.py tables                    # docs/study.md out of the results files
 
-An objective's learning rate is chosen on a validation split, for each data set and, at the small scale, share of corrupted
-answers, from the same grid: of the rates whose score is within a standard error of the best one's, that with the lowest nll. The test split is
+An objective's learning rate is chosen for each data set and, at the small scale, share of corrupted answers, from the same grid on
+a clean validation split: of the rates whose score is within a standard error of the best one's, that with the lowest nll. The test split is
 then measured for each seed, which draws the training rows, which of them are corrupted, and their order, alike for
 every objective. A finished run is a line of the results file at once, and what is there is not run again: Ctrl-C and the same
 command go on. What the columns mean: study_measure.held_out_figures; `other_nll` is that of text or tasks that

@@ -50,7 +50,7 @@ class Scale:
         data: its data sets by name.
         objectives: in the order in which they run. "p" has the gradient of "dft", which is not run beside it.
         learning_rates: the grid that each objective's is chosen from.
-        chooses_on_clean: whether it is chosen on clean answers alone, and kept for corrupted ones.
+        chooses_on_clean: whether it is chosen with clean answers alone, and kept for corrupted ones.
         train_rows: rows that a run trains on, once.
         batch_size: rows a step, or packed rows.
         packed_length: tokens of a packed row, which holds several rows; None for no packing.
@@ -86,9 +86,9 @@ SCALES = {
         ("nll", "p", "cayley_trans", "deft"),
         (2e-4, 6e-4, 2e-3),
         chooses_on_clean=True,
-        train_rows=320,
-        batch_size=3,
-        packed_length=512,
+        train_rows=256,
+        batch_size=4,
+        packed_length=256,
     ),
 }
 

@@ -160,6 +160,30 @@ def summary_table(cases: Iterable[Case]) -> str:
     return "\n".join(lines)
 
 
+def rates_table(path: Path) -> str:
+    """Scores on the validation split by learning rate, of one seed: what a wrong rate costs. A table a case."""
+    with path.open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["split"] == "validation"]
+    scores: dict[tuple[str, float], dict[str, dict[float, str]]] = {}
+    for line in lines:
+        case = scores.setdefault((line["data"], float(line["corrupted"])), {})
+        objective = NAMES.get(line["objective"], line["objective"])
+        rate = float(line["learning_rate"])
+        case.setdefault(objective, {})[rate] = f"{100 * float(line['score']):.1f}"
+    parts = []
+    for (data, corrupted), by_objective in scores.items():
+        rates = sorted({rate for by_rate in by_objective.values() for rate in by_rate})
+        title = data + (f", {corrupted:.0%} corrupted" if corrupted else "")
+        parts.append(f"| {title} | " + " | ".join(f"{rate:.0e}" for rate in rates) + " |")
+        parts.append("|---|" + "---|" * len(rates))
+        parts += [
+            f"| `{name}` | " + " | ".join(by_rate.get(rate, "") for rate in rates) + " |"
+            for name, by_rate in by_objective.items()
+        ]
+        parts.append("")
+    return "\n".join(parts)
+
+
 def _difference(difference: Estimate | None) -> str:
     if difference is None:
         return ""
@@ -236,6 +260,7 @@ def contents(results: Path) -> dict[str, str]:
         **{name: full_table(cases[name]) for name in files},
         **{f"{name} versions": versions(path) for name, path in files.items()},
         **{f"{name} summary": summary_table(cases[name]) for name in files},
+        **{f"{name} rates": rates_table(path) for name, path in files.items()},
     }
 
 

@@ -241,6 +241,18 @@ def test_intervals_and_paired_differences(tmp_path: Path) -> None:
     assert (tmp_path / "real.png").stat().st_size > 1000
 
 
+def test_scores_by_learning_rate(tmp_path: Path) -> None:
+    path = tmp_path / "small.csv"
+    for rate, score in ((3e-3, 0.25), (1e-4, 0.5)):
+        run = Run("tiny", 0.4, "p", rate, 0, "validation")
+        study.append_result(path, run, {"score": score})
+    assert study_tables.rates_table(path).splitlines() == [
+        "| tiny, 40% corrupted | 1e-04 | 3e-03 |",
+        "|---|---|---|",
+        "| `p, dft` | 50.0 | 25.0 |",
+    ]
+
+
 def test_marked_places_are_filled_and_nothing_else() -> None:
     text = "a\n<!-- study: real -->\nold\n<!-- end of study -->\nb\n<!-- study: small -->\n<!-- end of study -->\n"
     filled = study_tables.fill(text, "real", "new | \\1\n")
