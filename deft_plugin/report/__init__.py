@@ -8,6 +8,7 @@ trainer would train on), `checkpoint` and `measurement` (what a model makes of i
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
+    # bitsandbytes, which PEFT imports, tells of an optional kernel while it is imported.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .command import main as command
 
     command(arguments)

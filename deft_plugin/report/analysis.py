@@ -22,7 +22,14 @@ Numbers = npt.NDArray[np.float64]
 
 # Bands of the target's probability: where each begins, and the end of the last.
 BAND_EDGES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
-BAND_LABELS = ("below 1 %", "1–10 %", "10–50 %", "50–90 %", "90–99 %", "99 % and more")
+BAND_LABELS = (
+    "below 1\u00a0%",
+    "1–10\u00a0%",
+    "10–50\u00a0%",
+    "50–90\u00a0%",
+    "90–99\u00a0%",
+    "99\u00a0% and more",
+)
 SHARE_BINS = 40
 # Without a parameter of their own to choose, which `alpha` has.
 DEFAULT_OBJECTIVES = ("nll", "p", "dft", "eaft", "cayley", "cayley_trans", "deft")

@@ -49,11 +49,27 @@ class Placement:
         device: of torch; None for the GPUs where there are any, else the CPU.
         dtype: one of `DTYPES`; None for bfloat16 on a GPU and float32 elsewhere.
         four_bit: load the base model in 4 bit (NF4), as QLoRA trains on it.
+
+    Raises:
+        ValueError: an unknown dtype, or a device that is not there.
     """
 
     device: str | None = None
     dtype: str | None = None
     four_bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype!r} is unknown. Choices: {', '.join(DTYPES)}.")
+        if self.device is None:
+            return
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            found = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}, " * torch.cuda.is_available()
+            raise ValueError(
+                f"--device {self.device!r} cannot be used ({textwrap.shorten(str(error), 120)}). Choices: {found}cpu."
+            ) from None
 
     def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """The checkpoint, for measuring.
@@ -151,19 +167,23 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, after: Checkpoint) -> None:
-    """Raise `ValueError` where the second checkpoint counts its tokens in another way than `tokenizer` does."""
+def check_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: str, after: Checkpoint
+) -> None:
+    """Raise `ValueError` where the second checkpoint counts its tokens in another way than `model` does."""
     if after.adapter is not None:
         return
     try:
-        other = AutoTokenizer.from_pretrained(after.model)
-    except (OSError, ValueError, KeyError):
-        return  # A checkpoint without a tokenizer; the sizes of the logits are compared later.
-    own, others = tokenizer.get_vocab(), other.get_vocab()
-    if own != others:
+        own, others = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(after.model).get_vocab()
+        is_same, sizes = own == others, (len(others), len(own))
+    except (OSError, ValueError, KeyError):  # A checkpoint without a tokenizer.
+        configs = [AutoConfig.from_pretrained(name) for name in (after.model, model)]
+        sizes = tuple(config.get_text_config().vocab_size for config in configs)
+        is_same = sizes[0] == sizes[1]
+    if not is_same:
         raise ValueError(
-            f"{after.option} {after.model!r} has another vocabulary ({len(others):,} tokens) than MODEL "
-            f"({len(own):,} tokens), so that they cannot be measured on the same rows. Name a checkpoint of MODEL."
+            f"{after.option} {after.model!r} has another vocabulary ({sizes[0]:,} tokens) than MODEL ({sizes[1]:,} "
+            "tokens), so that they cannot be measured on the same rows. Name a checkpoint of MODEL."
         )
 
 

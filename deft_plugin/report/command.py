@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import datasets
 import transformers
 import typer
@@ -99,36 +98,35 @@ def report(
     dtype: Annotated[
         str | None,
         typer.Option(
-            click_type=click.Choice(DTYPES),
-            help="Numbers of the model; by default bfloat16 on a GPU, float32 elsewhere.",
+            help=f"Numbers of the model ({', '.join(DTYPES)}); by default bfloat16 on a GPU, float32 elsewhere.",
         ),
     ] = None,
 ) -> None:
     """Show what the gates do to your data: one HTML page, with its figures and numbers as files beside it."""
     start = time.monotonic()
-    options = Options(
-        output=output,
-        model=model,
-        data=data,
-        adapter=adapter,
-        after=after,
-        rows=rows,
-        max_length=max_length,
-        columns=columns,
-        split=split,
-        config=config,
-        chat_template=chat_template,
-        assistant_only=assistant_only,
-        objectives=tuple(name.strip() for name in objectives.split(",") if name.strip()),
-        objective=objective,
-        run=run,
-        compare=tuple(compare or ()),
-        seed=seed,
-        batch_size=batch_size,
-        placement=Placement(device, dtype, four_bit),
-    )
     console = Console(stderr=True)
     try:
+        options = Options(
+            output=output,
+            model=model,
+            data=data,
+            adapter=adapter,
+            after=after,
+            rows=rows,
+            max_length=max_length,
+            columns=columns,
+            split=split,
+            config=config,
+            chat_template=chat_template,
+            assistant_only=assistant_only,
+            objectives=tuple(name.strip() for name in objectives.split(",") if name.strip()),
+            objective=objective,
+            run=run,
+            compare=tuple(compare or ()),
+            seed=seed,
+            batch_size=batch_size,
+            placement=Placement(device, dtype, four_bit),
+        )
         page = make_report(options, console)
     except ValueError as error:
         print(f"deft report: {' '.join(str(error).split())}", file=sys.stderr)
@@ -138,8 +136,8 @@ def report(
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command, with a console that is kept free of what a reader cannot act on."""
-    for name in ("bitsandbytes", "DeepSpeed", "transformers.integrations"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # A filter, since DeepSpeed sets its own level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

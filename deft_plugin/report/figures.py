@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
@@ -27,7 +28,7 @@ from .changes import MARKED_CHANGE, Changes
 from .measurement import TokenTable
 from .runs import COMPARED, Run
 
-DOTS_PER_INCH = 120
+DOTS_PER_INCH = 160
 MOST_POINTS = 20_000
 
 
@@ -40,7 +41,7 @@ class Dress:
         page, ink, faint, grid: of the background, text, what is secondary, lines behind.
         series: of what has no order.
         before, after: of two checkpoints.
-        ordered: matplotlib's name of a scale from little to much, of even steps in lightness.
+        ordered: a scale from little to much, of even steps in lightness, all of it apart from the page.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Dress:
     series: tuple[str, ...]
     before: str
     after: str
-    ordered: str
+    ordered: Any
 
     def settings(self) -> Any:
         """For matplotlib."""
@@ -88,6 +89,11 @@ class Dress:
         }
 
 
+def _scale(lowest: float, highest: float) -> Any:
+    """A part of viridis, whose steps look even, in grey and to colour-blind readers too."""
+    return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(lowest, highest, 256)))
+
+
 LIGHT = Dress(
     name="light",
     page="#ffffff",
@@ -97,7 +103,7 @@ LIGHT = Dress(
     series=("#0b6fb8", "#d1690e", "#0f8f6b", "#a8488f", "#5b6470", "#8a6d00", "#3f51b5", "#b3261e"),
     before="#8a94a3",
     after="#0b6fb8",
-    ordered="viridis",
+    ordered=_scale(0.0, 0.97),
 )
 DARK = Dress(
     name="dark",
@@ -108,7 +114,7 @@ DARK = Dress(
     series=("#5cb3f0", "#f0a04b", "#3fc79d", "#d98ac4", "#aab3bf", "#d8bd4a", "#8c9eff", "#f28b82"),
     before="#8a94a3",
     after="#5cb3f0",
-    ordered="viridis",
+    ordered=_scale(0.2, 1.0),
 )
 # Always the same, so that an objective is found again in the next figure.
 _PLACES = ("deft", "cayley_trans", "p", "eaft", "nll", "cayley", "dft", "alpha")
@@ -157,24 +163,27 @@ def regimes_figure(standing: Standing) -> Callable[[Dress], Figure]:
         axis.spines["left"].set_visible(False)
         for regime, colour in zip(REGIMES, _ordered(dress, len(REGIMES)), strict=True):
             low, high = regime.lowest, max(regime.highest, regime.lowest + 0.012)
-            axis.axvspan(low, high, ymin=0.02, ymax=0.42, color=colour, alpha=0.9)
-            middle = (low + high) / 2
-            at = "left" if middle < 0.1 else ("right" if regime.highest < 0.6 else "left")
-            place = {"left": low, "right": high}[at] if middle < 0.1 or at == "right" else low
+            axis.axvspan(low, high, ymin=0.0, ymax=0.34, color=colour, linewidth=0)
+            # The intermediate one stands close to the strong one.
+            at, side = (low, "right") if regime.name.startswith("inter") else (high, "left")
             axis.annotate(
                 f"paper: {regime.name}",
-                (place, 0.02),
-                ha=at,
-                va="bottom",
+                (at, -0.62),
+                xytext=(-6 if side == "right" else 6, 0),
+                textcoords="offset points",
+                ha=side,
+                va="center",
                 fontsize=9,
                 color=dress.faint,
+                bbox={"facecolor": dress.page, "edgecolor": "none", "pad": 1.5},
             )
         mean = standing.mean_focus
-        axis.plot([mean, mean], [-1, 0.72], color=dress.series[1], linewidth=2.5)
+        axis.plot([mean, mean], [-1, 0.3], color=dress.series[1], linewidth=2, zorder=1)
+        axis.plot([mean], [0.3], marker="v", color=dress.series[1], markersize=10, clip_on=False)
         edge = "left" if mean < 0.15 else "right" if mean > 0.85 else "center"
         axis.annotate(
             f"your data: {mean:.2f}",
-            (mean, 0.78),
+            (mean, 0.62),
             ha=edge,
             fontsize=11,
             fontweight="bold",
@@ -205,11 +214,10 @@ def distributions_figure(standing: Standing) -> Callable[[Dress], Figure]:
         figure, axes = _many_axes(9.6, 2.9, 1, 3)
         for axis, (title, label, histogram, mean) in zip(axes, panels, strict=True):
             _bars(axis, histogram, dress.series[0])
-            axis.axvline(mean, color=dress.series[1], linewidth=2, label=f"mean {mean:.2f}")
-            axis.set_title(title)
+            axis.axvline(mean, color=dress.series[1], linewidth=2)
+            axis.set_title(f"{title}, mean {mean:.2f}")
             axis.set_xlabel(label)
             axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axis.legend(loc="upper center" if title != "Entropy" else "upper right")
         axes[0].set_ylabel("share of tokens")
         return figure
 
@@ -339,6 +347,7 @@ def changes_figure(
             scatter.axvline(line, color=dress.faint, linewidth=1, linestyle=":")
         scatter.axhline(0, color=dress.faint, linewidth=1)
         scatter.set_xlim(-1.02, 1.02)
+        scatter.xaxis.set_major_locator(MaxNLocator(5))
         limit = max(float(np.quantile(np.abs(nll_change), 0.998)), 0.5) * 1.05
         scatter.set_ylim(-limit, limit)
         scatter.set_xlabel("change of the target's probability")
@@ -379,8 +388,7 @@ def changes_figure(
         bars.xaxis.set_major_locator(MaxNLocator(5))
         bars.grid(axis="y", visible=False)
         bars.set_xlabel("share of the band's tokens")
-        bars.set_ylabel("probability before")
-        bars.set_title("Learned and forgotten")
+        bars.set_title("Learned and forgotten, by probability before")
         bars.legend(
             loc="upper right" if max(learned) < reach or learned[-1] < reach / 2 else "lower right"
         )
@@ -421,7 +429,7 @@ def before_after_figure(before: TokenTable, after: TokenTable) -> Callable[[Dres
         tail.xaxis.set_major_formatter(
             lambda value, _: "1" if value == 0 else f"$10^{{-{value:g}}}$"
         )
-        tail.yaxis.set_major_formatter(PercentFormatter(1))
+        tail.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         tail.set_ylabel("share of tokens below it")
         tail.legend(loc="upper right")
         return figure
@@ -460,10 +468,11 @@ def training_figure(run: Run) -> Callable[[Dress], Figure]:
 
 def comparison_figure(runs: Sequence[Run], metric: str) -> Callable[[Dress], Figure]:
     """One metric of several runs."""
-    _, unit, is_share = COMPARED[metric]
+    _, unit = COMPARED[metric]
 
     def draw(dress: Dress) -> Figure:
-        figure, axis = _axes(8.4, 3.1)
+        columns = 2 if max(len(run.name) for run in runs) < 18 else 1
+        figure, axis = _axes(4.9, 2.7 + 0.2 * -(-len(runs) // columns))
         for index, run in enumerate(runs):
             colour = dress.series[index % len(dress.series)]
             line = _LINES[(index // len(dress.series)) % len(_LINES)]
@@ -472,20 +481,18 @@ def comparison_figure(runs: Sequence[Run], metric: str) -> Callable[[Dress], Fig
             if trained:
                 axis.plot(
                     list(trained), list(trained.values()), color=colour, linestyle=line,
-                    alpha=0.45 if held_out else 1, linewidth=1.2 if held_out else 1.8,
+                    alpha=0.45 if held_out else 1, linewidth=1.1 if held_out else 1.8,
                     label=None if held_out else label,
                 )  # fmt: skip
             if held_out:
                 axis.plot(
                     list(held_out), list(held_out.values()), color=colour, linestyle=line,
-                    marker="o", markersize=5, label=label,
+                    marker="o", markersize=4.5, label=label,
                 )  # fmt: skip
-        if is_share:
-            axis.set_ylim(-0.02, 1.02)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(unit)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(*axis.get_legend_handles_labels(), loc="outside right center")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
         return figure
 
     return draw
@@ -511,7 +518,7 @@ def _bars(axis: Axes, histogram: Histogram, colour: str) -> None:
 
 def _ordered(dress: Dress, count: int) -> list[Any]:
     """Colours from little to much."""
-    return list(matplotlib.colormaps[dress.ordered](np.linspace(0.06, 0.92, count)))
+    return list(dress.ordered(np.linspace(0.05, 0.93, count)))
 
 
 def _legible_on(colour: Any) -> str:

@@ -77,6 +77,7 @@ class Content:
         title: of the page.
         facts: what was measured, name and value.
         objective: by which texts are shaded.
+        stop: the end-of-text token, where its gate is closed more often than not.
         pictures: by name.
         task_figures: names of the figures of tasks that runs have.
     """
@@ -91,8 +92,10 @@ class Content:
     shaded: ShadedRows | None = None
     row_count: int = 0
     token_lines: list[TokenLine] = field(default_factory=list)
+    stop: KindLine | None = None
     kind_lines: list[KindLine] = field(default_factory=list)
     changes: Changes | None = None
+    standing_after: Standing | None = None
     after_label: str | None = None
     run_label: str | None = None
     runs: list[RunFigures] = field(default_factory=list)
@@ -230,15 +233,17 @@ def _decimals(value: float | None, digits: int = 2) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+    if value is None:
+        return "–"
+    return "0.00" if abs(value) < 0.005 else f"{value:+.2f}".replace("-", "−")
 
 
 def _percent(value: float | None, digits: int = 0) -> str:
     if value is None:
         return "–"
     if 0 < value < 0.5 * 10 ** -(digits + 2):
-        return f"<{10**-digits:g} %"
-    return f"{100 * value:.{digits}f} %"
+        return f"<{10**-digits:g}\u00a0%"
+    return f"{100 * value:.{digits}f}\u00a0%"
 
 
 def _probability(value: float | None) -> str:

@@ -45,7 +45,7 @@ from .measurement import TokenTable, measure
 from .page import MOST_KIND_LINES, MOST_TOKEN_LINES, Content, render, shaded_rows
 from .rows import Sample, prepare_rows
 from .runs import COMPARED, Run, compared_metrics, figures_of, load_run, load_runs
-from .silenced import Texts, kind_lines, row_lines, token_lines
+from .silenced import Texts, kind_lines, row_lines, stop_of, token_lines, varied
 
 # Fewer tokens than that say little about shares of a few per cent.
 FEW_TOKENS = 1000
@@ -180,7 +180,7 @@ def _measure(options: Options, names: list[str], steps: _Steps) -> _Measured:
     second = None if options.after is None else checkpoint_after(options.model, options.after)
     tokenizer = load_tokenizer(options.model, options.chat_template)
     if second is not None:
-        check_same_vocabulary(tokenizer, second)
+        check_same_vocabulary(tokenizer, options.model, second)
     with steps("preparing rows", 1) as advance:
         splits = load_splits(options.data, options.config)
         data = split_of(splits, options.split, options.data)
@@ -196,10 +196,6 @@ def _measure(options: Options, names: list[str], steps: _Steps) -> _Measured:
         advance(1)
     before = _table_of(first, options, sample, names, steps)
     after = None if second is None else _table_of(second, options, sample, names, steps)
-    if after is not None and before.statistics.vocab_size != after.statistics.vocab_size:
-        # A vocabulary that is only padded differs by tokens that neither uses.
-        largest = int(max(before.target.max(), after.target.max()))
-        assert largest < min(before.statistics.vocab_size, after.statistics.vocab_size)
     return _Measured(
         tokenizer, sample, first.label, before, None if second is None else second.label, after
     )
@@ -305,7 +301,8 @@ def _add_data(
         sample_notes=_notes(options, sample, standing.tokens),
         shaded=shaded_rows(sample.rows, table, gates, texts, rows, shown, measured.after),
         row_count=len(rows),
-        token_lines=tokens[:MOST_TOKEN_LINES],
+        token_lines=varied(tokens)[:MOST_TOKEN_LINES],
+        stop=stop_of(measured.tokenizer, table, gates[shown]),
         kind_lines=kinds[:MOST_KIND_LINES],
     )
     numbers.update(
@@ -340,8 +337,9 @@ def _add_changes(
         return
     before, after = measured.before, measured.after
     changes = changes_between(before, after)
-    content.update(changes=changes, after_label=measured.after_label)
-    numbers.update(after=measured.after_label, standing_after=standing_of(after), changes=changes)
+    standing = standing_of(after)
+    content.update(changes=changes, after_label=measured.after_label, standing_after=standing)
+    numbers.update(after=measured.after_label, standing_after=standing, changes=changes)
     draw("changes", *_CHANGES, figures.changes_figure(before, after, changes))
     draw("before_after", *_BEFORE_AFTER, figures.before_after_figure(before, after))
 
@@ -358,7 +356,7 @@ def _add_runs(
     )
     numbers["runs"] = lines
     for metric in compared:
-        title, unit, _ = COMPARED[metric]
+        title, unit = COMPARED[metric]
         draw(
             f"compare_{metric}",
             f"{title} of {len(runs)} runs over their optimizer steps.",
@@ -398,7 +396,7 @@ _CHANGES = (
     "probability before.",
     "How to read it: left, tokens at the lower right were learned, those at the upper left forgotten; dotted lines mark a change of 0.1. Dots "
     "high up with hardly a change of probability are improbable tokens that became far less probable still: nll counts them, answers do not. Right, "
-    "by how sure the model was of the token before.",
+    "by how sure the model was of the token before; what was below 0.1 can hardly be forgotten, nor what was above 0.9 be learned.",
 )
 _BEFORE_AFTER = (
     "Distributions of the target's probability before and after training.",

@@ -17,14 +17,14 @@ STATE = "trainer_state.json"
 RESULTS = "results.json"
 Series = dict[float, float]
 
-# What runs are compared by: title, unit, whether an axis is [0, 1].
+# What runs are compared by: title, and unit.
 COMPARED = {
-    "nll": ("Negative log-likelihood", "nats per token", False),
-    "mean_token_accuracy": ("Token accuracy", "share of tokens that are the first choice", True),
-    "mean_target_probability": ("Probability of the target", "mean over tokens", True),
-    "mean_focus": ("Focus", "mean over tokens of the objective's exponent", True),
-    "mean_gate": ("Gate", "mean over tokens", True),
-    "closed_gate_share": ("Closed gates", "share of tokens with a gate below 0.1", True),
+    "nll": ("Negative log-likelihood", "nats per token"),
+    "mean_token_accuracy": ("Token accuracy", "share of first choices"),
+    "mean_target_probability": ("Probability of the target", "mean over tokens"),
+    "mean_focus": ("Focus", "mean exponent"),
+    "mean_gate": ("Gate", "mean over tokens"),
+    "closed_gate_share": ("Closed gates", "share of gates below 0.1"),
 }
 # Losses, whose size depends on the objective, and what says nothing about the model.
 _NOT_COMPARED = (

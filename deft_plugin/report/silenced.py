@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,9 @@ from .text import Decoder, Piece, visible
 
 # Tokens that occur less often say little about their kind.
 LEAST_OCCURRENCES = 3
-_CONTEXT_CHARACTERS = 48
+# What says the same a fourth time says little.
+MOST_ALIKE = 3
+_BEFORE_CHARACTERS, _AFTER_CHARACTERS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -230,21 +233,52 @@ def kind_lines(lines: Sequence[TokenLine], shown: str) -> list[KindLine]:
     return sorted(found, key=lambda kind: kind.mean_gate)
 
 
+def varied(lines: Sequence[TokenLine]) -> list[TokenLine]:
+    """The lines in their order, without those of tokens that were there `MOST_ALIKE` times."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for line in lines:
+        seen[line.token.strip("␣")] += 1
+        if seen[line.token.strip("␣")] <= MOST_ALIKE:
+            kept.append(line)
+    return kept
+
+
+def stop_of(tokenizer: PreTrainedTokenizerBase, table: TokenTable, gate: Tensor) -> KindLine | None:
+    """The token at which generation stops, where its gate is closed more often than not; else None."""
+    mine = table.target == (-1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+    if not mine.any():
+        return None
+    closed_share = float((gate[mine] < CLOSED_GATE).double().mean())
+    if closed_share <= 0.5:
+        return None
+    return KindLine(
+        token=str(tokenizer.eos_token),
+        occurrences=int(mine.sum()),
+        mean_gate=float(gate[mine].double().mean()),
+        closed_share=closed_share,
+        mean_p=float(table.p[mine].double().mean()),
+    )
+
+
 def _text_before(pieces: Sequence[Piece], position: int) -> str:
     text = ""
     for piece in reversed(pieces[:position]):
-        if len(text) >= _CONTEXT_CHARACTERS:
+        if len(text) >= _BEFORE_CHARACTERS:
             break
         text = piece.text + text
-    return visible(text[-_CONTEXT_CHARACTERS:]).replace("␣", " ") if text else ""
+    return _around(text[-_BEFORE_CHARACTERS:])
 
 
 def _text_after(pieces: Sequence[Piece], position: int) -> str:
     # The rest of a character belongs to the token itself.
-    rest = pieces[position + 1 + pieces[position].parts - pieces[position].part :]
     text = ""
-    for piece in rest:
-        if len(text) >= _CONTEXT_CHARACTERS // 2:
+    for piece in pieces[position + 1 + pieces[position].parts - pieces[position].part :]:
+        if len(text) >= _AFTER_CHARACTERS:
             break
         text += piece.text
-    return visible(text[: _CONTEXT_CHARACTERS // 2]).replace("␣", " ") if text else ""
+    return _around(text[:_AFTER_CHARACTERS])
+
+
+def _around(text: str) -> str:
+    return visible(text).replace("␣", " ") if text else ""
