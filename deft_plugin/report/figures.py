@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -285,7 +286,9 @@ def gates_figure(
             low, high = ([np.quantile(gate[place == bin], q) for bin in some] for q in (0.1, 0.9))
             colour, line = _colour(dress, name), _line(name)
             axis.fill_between(middles[some], low, high, color=colour, alpha=0.12, linewidth=0)
-            axis.plot(middles[some], means, color=colour, linestyle=line, label=" = ".join(same))
+            axis.plot(
+                middles[some], means, color=colour, linestyle=line, label=_literal(" = ".join(same))
+            )
         axis.set_xlim(0, 1)
         axis.set_ylim(-0.02, 1.05)
         axis.set_xlabel("probability of the target")
@@ -477,7 +480,7 @@ def comparison_figure(runs: Sequence[Run], metric: str) -> Callable[[Dress], Fig
             colour = dress.series[index % len(dress.series)]
             line = _LINES[(index // len(dress.series)) % len(_LINES)]
             trained, held_out = run.training(metric), run.held_out(metric)
-            label = run.name if run.objective is None else f"{run.name} ({run.objective})"
+            label = _literal(run.name if run.objective is None else f"{run.name} ({run.objective})")
             if trained:
                 axis.plot(
                     list(trained), list(trained.values()), color=colour, linestyle=line,
@@ -519,6 +522,12 @@ def _bars(axis: Axes, histogram: Histogram, colour: str) -> None:
 def _ordered(dress: Dress, count: int) -> list[Any]:
     """Colours from little to much."""
     return list(dress.ordered(np.linspace(0.05, 0.93, count)))
+
+
+def _literal(name: str) -> str:
+    """For a legend, which leaves out names with "_" in front and takes "$" for a formula."""
+    shown = textwrap.shorten(name, 48, placeholder="…").replace("$", "\\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _legible_on(colour: Any) -> str:

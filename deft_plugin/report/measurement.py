@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -214,17 +215,21 @@ def _forwards(
         targets[at, scored - 1] = torch.tensor([row.labels[position] for position in row.scored])
     device = model.get_input_embeddings().weight.device
     parameters = inspect.signature(causal_lm_of(model).forward).parameters
-    arguments = {"input_ids": ids.to(device), "attention_mask": attention_mask.to(device)}
-    options = {"use_cache": False} if "use_cache" in parameters else {}
+    arguments: dict[str, Any] = {"input_ids": ids.to(device)}
+    # xLSTM takes none: what is padded comes after all else.
+    if "attention_mask" in parameters:
+        arguments["attention_mask"] = attention_mask.to(device)
+    if "use_cache" in parameters:
+        arguments["use_cache"] = False
     wanted = (targets >= 0).any(0).nonzero().squeeze(1)
     takes_positions = "logits_to_keep" in parameters
     vocab_size = model.config.get_text_config().vocab_size
     most = max(LOGITS_BYTES // (4 * vocab_size * len(batch)), 1)
     for kept in wanted.split(most if takes_positions else max(len(wanted), 1)):
         if takes_positions:
-            logits = model(**arguments, **options, logits_to_keep=kept.to(device)).logits
+            logits = model(**arguments, logits_to_keep=kept.to(device)).logits
         else:
-            logits = model(**arguments, **options).logits[:, kept.to(device)]
+            logits = model(**arguments).logits[:, kept.to(device)]
         kept_targets = targets[:, kept]
         mask = kept_targets >= 0
         line, column = mask.nonzero(as_tuple=True)

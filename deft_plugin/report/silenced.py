@@ -20,7 +20,7 @@ from .text import Decoder, Piece, visible
 LEAST_OCCURRENCES = 3
 # What says the same a fourth time says little.
 MOST_ALIKE = 3
-_BEFORE_CHARACTERS, _AFTER_CHARACTERS = 32, 16
+_BEFORE_CHARACTERS, _AFTER_CHARACTERS = 32, 20
 
 
 @dataclass(frozen=True)
