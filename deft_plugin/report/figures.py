@@ -117,6 +117,7 @@ DARK = Dress(
     after="#5cb3f0",
     ordered=_scale(0.2, 1.0),
 )
+DRESSES = (LIGHT, DARK)
 # Always the same, so that an objective is found again in the next figure.
 _PLACES = ("deft", "cayley_trans", "p", "eaft", "nll", "cayley", "dft", "alpha")
 _LINES = ("-", "--", "-.", ":")
@@ -143,13 +144,13 @@ class Picture:
 def picture(name: str, alt: str, caption: str, draw: Callable[[Dress], Figure]) -> Picture:
     """Draw a figure in both dresses."""
     files = []
-    for dress in (LIGHT, DARK):
+    for dress in DRESSES:
         with matplotlib.rc_context(dress.settings()):
             figure = draw(dress)
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
         files.append(_fewer_colours(buffer.getvalue()))
-    return Picture(name, alt, caption, *files)
+    return Picture(name, alt, caption, files[0], files[-1])
 
 
 def regimes_figure(standing: Standing) -> Callable[[Dress], Figure]:
