@@ -28,7 +28,7 @@ BAND_LABELS = (
     "10–50\u00a0%",
     "50–90\u00a0%",
     "90–99\u00a0%",
-    "99\u00a0% and more",
+    "from 99\u00a0%",
 )
 SHARE_BINS = 40
 # Without a parameter of their own to choose, which `alpha` has.

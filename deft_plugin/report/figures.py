@@ -392,7 +392,7 @@ def changes_figure(
         bars.xaxis.set_major_locator(MaxNLocator(5))
         bars.grid(axis="y", visible=False)
         bars.set_xlabel("share of the band's tokens")
-        bars.set_title("Learned and forgotten, by probability before")
+        bars.set_title("By probability before")
         bars.legend(
             loc="upper right" if max(learned) < reach or learned[-1] < reach / 2 else "lower right"
         )

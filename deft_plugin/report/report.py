@@ -378,8 +378,8 @@ _DISTRIBUTIONS = (
 _SHARES = (
     "Bars of shares: tokens by probability of the target, and each objective's gradient by the same bands.",
     "How to read it: the first bar is how many tokens each band has; the others, how much of an objective's gradient comes from "
-    "them (the tokens' gradients in the logits, their lengths added up). nll takes most from what the model believes least; a "
-    "gate moves the weight to the right.",
+    "them (the tokens' gradients in the logits, their lengths added up). For its share of the tokens, nll takes most from what "
+    "the model believes least; a gate moves the weight to the right.",
 )
 _GATES = (
     "The gate of each objective over the target's probability.",

@@ -134,6 +134,16 @@ def test_runs_alone_need_no_model(tmp_path: Path, run: Run) -> None:
     assert "deft report MODEL --data DATA" in page
 
 
+def test_a_model_in_four_bits(pairs: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("bitsandbytes")
+    means = []
+    for name, options in (("whole", []), ("four bits", ["--four-bit"])):
+        status, errors = run(BASE_MODEL, "--data", pairs, "--output", tmp_path / name, *options)
+        assert status == 0, errors
+        means.append(numbers(tmp_path / name)["standing"]["nll"])
+    assert 0 < abs(means[0] - means[1]) < 0.3 * means[0]
+
+
 def test_the_last_rows_are_left_to_the_files(
     model: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
