@@ -25,8 +25,10 @@ def main(arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
         raise SystemExit(2)
-    # bitsandbytes, which PEFT imports, tells of an optional kernel while it is imported.
+    # They warn while they are imported, of an optional kernel and of a missing GPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A filter, since DeepSpeed sets its own level then.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from .command import main as command
 
     command(arguments)

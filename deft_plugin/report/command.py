@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 import warnings
@@ -136,8 +135,6 @@ def report(
 
 def main(arguments: Sequence[str]) -> None:
     """Run the command, with a console that is kept free of what a reader cannot act on."""
-    # A filter, since DeepSpeed sets its own level when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -26,6 +26,8 @@ from .text import Piece, flowing
 MOST_TOKENS = 10_000
 MOST_TOKEN_LINES = 40
 MOST_KIND_LINES = 20
+# A mean focus that lies further above the mean probability of the target is told.
+SETTLED_ELSEWHERE = 0.15
 # Of a prompt's text, at its beginning and its end.
 PROMPT_CHARACTERS = 400
 
@@ -126,6 +128,7 @@ def render(content: Content) -> str:
         regimes=REGIMES,
         bands=BAND_LABELS,
         closed=CLOSED_GATE,
+        settled_elsewhere=SETTLED_ELSEWHERE,
         marked=MARKED_CHANGE,
         linked_rows={row.line.row for row in content.shaded.rows} if content.shaded else set(),
         version=deft_plugin.__version__,

@@ -79,6 +79,10 @@ def test_the_shipped_model_and_data(
     names = ("regimes", "distributions", "shares", "gates", "gradients")
     assert pictures == {f"{name}{dress}.png" for name in names for dress in ("", "-dark")}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # It has never spelled a word backward, and does not know that.
+    gap = written["standing"]["mean_focus"] - written["standing"]["mean_probability"]
+    assert gap > 0.15
+    assert "Settled, but on something else" in page
     for option in ("--after CHECKPOINT", "--run RUN", "--compare RUN RUN"):
         assert option in page, "a hint where something is absent"
 

@@ -168,6 +168,7 @@ def test_hostile_text_stays_text(
         assert not re.search(r",[=+\-@]", line.replace(",-", ",")), "a spreadsheet's formula"
 
 
+@pytest.mark.slow
 def test_ten_thousand_tokens_are_below_five_megabytes(
     tmp_path: Path, run: Run, browser: Callable[..., str]
 ) -> None:
