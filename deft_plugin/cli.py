@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def main() -> None:
-    """`deft sft ...` is `trl sft ...` with objectives, which `deft objectives` lists; `deft doctor` checks."""
+    """`deft sft ...` is `trl sft ...` with objectives, which `deft objectives` lists; `deft doctor` checks; `deft report` shows data."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command == "sft":
         from .trl.sft import main as sft
@@ -23,15 +23,21 @@ def main() -> None:
 
         with _may_be_cut_short():
             doctor(arguments)
+    elif command == "report":
+        from .report import main as report
+
+        report(arguments)
     elif command in ("-h", "--help", "help", "objectives"):
         print(
             "usage: deft sft [flags and YAML of `trl sft`, with --loss_type deft]\n"
             "       deft objectives\n"
-            "       deft doctor [YAML of Axolotl or `trl sft` ...]"
+            "       deft doctor [YAML of Axolotl or `trl sft` ...]\n"
+            "       deft report MODEL --data DATA --output FOLDER"
         )
     else:
         print(
-            f"deft: unknown command {command!r}. Choices: sft, objectives, doctor.", file=sys.stderr
+            f"deft: unknown command {command!r}. Choices: sft, objectives, doctor, report.",
+            file=sys.stderr,
         )
         raise SystemExit(2)
 

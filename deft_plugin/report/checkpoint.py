@@ -1,0 +1,206 @@
+"""Loading what is measured: a model's folder or name, with a LoRA adapter on it or not."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model, or an adapter on one.
+
+    Args:
+        model: a folder or a name on the hub.
+        adapter: the folder of a LoRA adapter, or its name on the hub; None for the model itself.
+        option: what the user named it with, for messages.
+    """
+
+    model: str
+    adapter: str | None = None
+    option: str = "MODEL"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and titles."""
+        parts = [self.model] if self.adapter is None else [self.model, self.adapter]
+        return " + ".join(_short(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and in which numbers a model is loaded.
+
+    Args:
+        device: of torch; None for the GPUs where there are any, else the CPU.
+        dtype: one of `DTYPES`; None for bfloat16 on a GPU and float32 elsewhere.
+        four_bit: load the base model in 4 bit (NF4), as QLoRA trains on it.
+
+    Raises:
+        ValueError: an unknown dtype, or a device that is not there.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    four_bit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype!r} is unknown. Choices: {', '.join(DTYPES)}.")
+        if self.device is None:
+            return
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            found = f"cuda:0 to cuda:{torch.cuda.device_count() - 1}, " * torch.cuda.is_available()
+            raise ValueError(
+                f"--device {self.device!r} cannot be used ({textwrap.shorten(str(error), 120)}). Choices: {found}cpu."
+            ) from None
+
+    def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """The checkpoint, for measuring.
+
+        Raises:
+            ValueError: there is no such model or adapter, or it does not fit.
+        """
+        on_gpu = (
+            torch.cuda.is_available() if self.device is None else self.device.startswith("cuda")
+        )
+        dtype = getattr(torch, self.dtype or ("bfloat16" if on_gpu else "float32"))
+        device_map = "auto" if self.device is None and on_gpu else {"": self.device or "cpu"}
+        quantization = (
+            BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            if self.four_bit
+            else None
+        )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.model,
+                dtype=dtype,
+                device_map=device_map,
+                quantization_config=quantization,
+            )
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"{checkpoint.option} {checkpoint.model!r} cannot be loaded as a causal language model: "
+                f"{textwrap.shorten(str(error), 300)}"
+            ) from None
+        if checkpoint.adapter is not None:
+            try:
+                model = PeftModel.from_pretrained(model, checkpoint.adapter)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                raise ValueError(
+                    f"{checkpoint.option} {checkpoint.adapter!r} is no adapter for {checkpoint.model!r}: "
+                    f"{textwrap.shorten(str(error), 300)}"
+                ) from None
+        return model.eval()
+
+
+def checkpoint_with(model: str, adapter: str | None) -> Checkpoint:
+    """MODEL, with what --adapter names.
+
+    Raises:
+        ValueError: that is no adapter.
+    """
+    if adapter is not None and not _is_adapter(adapter):
+        raise ValueError(
+            f"--adapter {adapter!r} is no adapter: it has no adapter_config.json. Name the folder that PEFT saved, or "
+            "a name on the hub."
+        )
+    return Checkpoint(model, adapter, "MODEL" if adapter is None else "--adapter")
+
+
+def checkpoint_after(model: str, after: str) -> Checkpoint:
+    """What --after names: an adapter for `model`, or a model of its own.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if _is_adapter(after):
+        return Checkpoint(model, after, "--after")
+    try:
+        AutoConfig.from_pretrained(after)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--after {after!r} is neither an adapter (a folder with adapter_config.json) nor a model's folder nor a "
+            f"model on the hub: {textwrap.shorten(str(error), 200)}"
+        ) from None
+    return Checkpoint(after, None, "--after")
+
+
+def load_tokenizer(
+    name: str, chat_template: Path | None = None, *, option: str = "MODEL"
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: there is none, or the template cannot be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{option} {name!r} is neither a model's folder nor a model on the hub: "
+            f"{textwrap.shorten(str(error), 200)}"
+        ) from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--chat-template {str(chat_template)!r}: {error.strerror}.") from None
+    return tokenizer
+
+
+def check_same_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: str, after: Checkpoint
+) -> None:
+    """Raise `ValueError` where the second checkpoint counts its tokens in another way than `model` does."""
+    if after.adapter is not None:
+        return
+    try:
+        own, others = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(after.model).get_vocab()
+        is_same, sizes = own == others, (len(others), len(own))
+    except (OSError, ValueError, KeyError):  # A checkpoint without a tokenizer.
+        configs = [AutoConfig.from_pretrained(name) for name in (after.model, model)]
+        sizes = tuple(config.get_text_config().vocab_size for config in configs)
+        is_same = sizes[0] == sizes[1]
+    if not is_same:
+        raise ValueError(
+            f"{after.option} {after.model!r} has another vocabulary ({sizes[0]:,} tokens) than MODEL ({sizes[1]:,} "
+            "tokens), so that they cannot be measured on the same rows. Name a checkpoint of MODEL."
+        )
+
+
+def _short(name: str) -> str:
+    """The end of a path that says something: not "adapter" or "checkpoint-500" alone."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    generic = path.name == "adapter" or path.name.startswith("checkpoint-")
+    return f"{path.parent.name}/{path.name}" if generic and path.parent.name else path.name
+
+
+def _is_adapter(name: str) -> bool:
+    if Path(name).exists():
+        return (Path(name) / "adapter_config.json").is_file()
+    try:
+        PeftConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""The command `deft report`."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import transformers
+import typer
+from rich.console import Console
+
+from .analysis import DEFAULT_OBJECTIVES
+from .checkpoint import DTYPES, Placement
+from .report import Options, make_report
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def report(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A model's folder, or its name on the hub. May be left out with --compare."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A file (.jsonl, .json, .csv, .parquet), the folder of a saved data set, or a name on the hub, in any of "
+            "TRL's formats."
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("deft-report"),
+    adapter: Annotated[
+        str | None, typer.Option(help="A LoRA adapter on MODEL, to start from.")
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            help="A second checkpoint on the same rows: an adapter for MODEL, or a model."
+        ),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to draw.")] = 64,
+    max_length: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens to which rows are cut, as in training; 0: not at all."),
+    ] = 1024,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns without TRL's names: 'question,answer' for prompt and completion, or one of texts or messages."
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file in place of the model's chat template.")
+    ] = None,
+    assistant_only: Annotated[
+        bool, typer.Option(help="Of messages, train on what the assistant says.")
+    ] = False,
+    objectives: Annotated[
+        str,
+        typer.Option(
+            help="Objectives to look at, with commas between; `deft objectives` lists them."
+        ),
+    ] = ",".join(DEFAULT_OBJECTIVES),
+    objective: Annotated[
+        str, typer.Option(help="Objective by which texts are shaded and ordered.")
+    ] = "deft",
+    run: Annotated[
+        str | None,
+        typer.Option(help="A run's folder or trainer_state.json, for its course over training."),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN...", help="Runs to compare: folders, or trainer_state.json files."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the rows.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a forward pass.")] = 8,
+    four_bit: Annotated[
+        bool,
+        typer.Option("--four-bit", help="Load the base model in 4 bit, as QLoRA trains on it."),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, ...; by default GPUs where there are any."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Numbers of the model ({', '.join(DTYPES)}); by default bfloat16 on a GPU, float32 elsewhere.",
+        ),
+    ] = None,
+) -> None:
+    """Show what the gates do to your data: one HTML page, with its figures and numbers as files beside it."""
+    start = time.monotonic()
+    console = Console(stderr=True)
+    try:
+        options = Options(
+            output=output,
+            model=model,
+            data=data,
+            adapter=adapter,
+            after=after,
+            rows=rows,
+            max_length=max_length,
+            columns=columns,
+            split=split,
+            config=config,
+            chat_template=chat_template,
+            assistant_only=assistant_only,
+            objectives=tuple(name.strip() for name in objectives.split(",") if name.strip()),
+            objective=objective,
+            run=run,
+            compare=tuple(compare or ()),
+            seed=seed,
+            batch_size=batch_size,
+            placement=Placement(device, dtype, four_bit),
+        )
+        page = make_report(options, console)
+    except ValueError as error:
+        print(f"deft report: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} seconds)")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the command, with a console that is kept free of what a reader cannot act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    app(args=several_to_an_option(arguments), prog_name="deft report")
+
+
+def several_to_an_option(arguments: Sequence[str]) -> list[str]:
+    """`--compare a b` as `--compare a --compare b`."""
+    spread: list[str] = []
+    comparing, is_first = False, False
+    for argument in arguments:
+        if argument.startswith("-"):
+            comparing, is_first = argument == "--compare", True
+            spread.append(argument)
+            continue
+        if comparing and not is_first:
+            spread.append("--compare")
+        is_first = False
+        spread.append(argument)
+    return spread

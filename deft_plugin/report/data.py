@@ -1,0 +1,97 @@
+"""A data set by name: a file, a folder or a data set on the hub, in one of TRL's formats."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from trl import maybe_convert_to_chatml
+
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",))
+CHOICES = f"a file ({', '.join(FILE_TYPES)}), a folder, a name on the hub"
+
+
+def load_splits(
+    name: str,
+    config: str | None = None,
+    *,
+    option: str = "--data",
+    config_option: str = "--config",
+    choices: str = CHOICES,
+) -> DatasetDict:
+    """The splits of a data set.
+
+    Args:
+        name: a file, the folder of a saved data set or of files, or a name on the hub.
+        config: the hub data set's configuration.
+        option, config_option: what a user has named them with, for messages.
+        choices: what `name` may be, for messages.
+
+    Raises:
+        ValueError: nothing of that name can be loaded, or it has no configurations.
+    """
+    path = Path(name)
+    is_file = path.suffix in FILE_TYPES
+    is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    try:
+        if config and (is_file or is_saved):
+            raise ValueError(f"it has no configurations, and {config_option} is {config!r}")
+        if is_file:
+            return load_dataset(FILE_TYPES[path.suffix], data_files=name)
+        if is_saved:
+            data = load_from_disk(name)
+            return data if isinstance(data, DatasetDict) else DatasetDict(train=data)
+        return load_dataset(name, config)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"{option} {name!r} cannot be loaded: {textwrap.shorten(str(error), 300).rstrip('.')}. "
+            f"Choices: {choices}."
+        ) from None
+
+
+def split_of(splits: DatasetDict, split: str, name: str, *, option: str = "--split") -> Dataset:
+    """The named split, or a `ValueError` with the choices."""
+    if split not in splits:
+        raise ValueError(f"{option} {split!r} is not in {name!r}. Choices: {', '.join(splits)}.")
+    return splits[split]
+
+
+def in_trl_format(
+    data: Dataset, name: str, columns: str | None = None, *, option: str = "--data"
+) -> Dataset:
+    """The columns that TRL needs and no others, which would make it take one format for another.
+
+    Args:
+        data: one split.
+        name: what it was loaded as, for messages.
+        columns: "a,b" for a prompt and a completion, "a" for a text or a list of messages, where the
+            columns do not have TRL's names.
+        option: what a user has named the data set with, for messages.
+
+    Raises:
+        ValueError: no such columns, or none that TRL knows.
+    """
+    if columns is not None:
+        given = columns.split(",")
+        missing = [column for column in given if column not in data.column_names]
+        if missing or len(given) > 2:
+            raise ValueError(
+                f"--columns {columns!r} must be one or two of {name!r}'s columns: "
+                f"{', '.join(data.column_names)}."
+            )
+        data = data.select_columns(given)
+        single = "messages" if len(data) and isinstance(data[0][given[0]], list) else "text"
+        trl_names = ["prompt", "completion"] if len(given) == 2 else [single]
+        renamed = {old: new for old, new in zip(given, trl_names, strict=True) if old != new}
+        data = data.rename_columns(renamed)
+    for wanted in FORMATS:
+        if set(wanted) <= set(data.column_names):
+            data = data.select_columns(list(wanted))
+            return data.map(maybe_convert_to_chatml) if wanted == ("conversations",) else data
+    raise ValueError(
+        f"{option} {name!r} has the columns {', '.join(data.column_names)}, and one of these is needed: "
+        f"{'; '.join(', '.join(wanted) for wanted in FORMATS)}. Name the columns to use with --columns."
+    )

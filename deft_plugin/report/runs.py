@@ -1,0 +1,256 @@
+"""Logs of training runs: one for its course, several to compare.
+
+A run is what transformers' trainers leave behind: trainer_state.json, in the run's folder or in that of its newest checkpoint.
+Beside it `scripts/train.py` writes results.json, with the objective and the figures of the task.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATE = "trainer_state.json"
+RESULTS = "results.json"
+Series = dict[float, float]
+
+# What runs are compared by: title, and unit.
+COMPARED = {
+    "nll": ("Negative log-likelihood", "nats per token"),
+    "mean_token_accuracy": ("Token accuracy", "share of first choices"),
+    "mean_target_probability": ("Probability of the target", "mean over tokens"),
+    "mean_focus": ("Focus", "mean exponent"),
+    "mean_gate": ("Gate", "mean over tokens"),
+    "closed_gate_share": ("Closed gates", "share of gates below 0.1"),
+}
+# Losses, whose size depends on the objective, and what says nothing about the model.
+_NOT_COMPARED = (
+    "loss",
+    "objective_loss",
+    "perplexity",
+    "entropy",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "tokens_per_second",
+    "model_preparation_time",
+    "num_tokens",
+    "num_input_tokens_seen",
+    "skipped_share",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The log of one run.
+
+    Args:
+        name: short, different from the other runs'.
+        path: of its trainer_state.json.
+        objective: where results.json names it.
+        steps: optimizer steps that it has made.
+        history: the log's entries.
+        task: figures of the task after training, by name.
+    """
+
+    name: str
+    path: Path
+    objective: str | None
+    steps: int
+    history: list[dict[str, Any]]
+    task: dict[str, float] = field(default_factory=dict)
+
+    def series(self, metric: str) -> Series:
+        """Values by optimizer step; the last one where a step was logged twice."""
+        found = (
+            (entry.get("step"), entry[metric])
+            for entry in self.history
+            if isinstance(entry.get(metric), int | float)
+        )
+        return {step: float(value) for step, value in found if isinstance(step, int | float)}
+
+    def held_out(self, metric: str) -> Series:
+        """Values of the evaluations."""
+        values = self.series(f"eval_{metric}")
+        # TRL's own nll logs its loss under that name alone.
+        if metric == "nll" and not values and self.objective == "nll":
+            return self.series("eval_loss")
+        return values
+
+    def training(self, metric: str) -> Series:
+        """Values of the logging windows."""
+        values = self.series(metric)
+        if metric == "nll" and not values and self.objective == "nll":
+            return self.series("loss")
+        return values
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """A line of the comparison.
+
+    Args:
+        name, objective, steps: the run's.
+        held_out: whether figures are of an evaluation, else of the last logging window of training.
+        nll_first, nll_best, nll_last: None where it was not logged.
+        last: the other metrics' last values.
+        task: figures of the task.
+    """
+
+    name: str
+    objective: str | None
+    steps: int
+    held_out: bool
+    nll_first: float | None
+    nll_best: float | None
+    nll_last: float | None
+    last: dict[str, float]
+    task: dict[str, float]
+
+
+def load_run(path: str, *, option: str = "--compare") -> Run:
+    """The run in a folder, or in a trainer_state.json.
+
+    Raises:
+        ValueError: there is none, or it is no log.
+    """
+    state = _state_of(Path(path), option)
+    content = _json(state, option)
+    history = content.get("log_history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(
+            f"{option} {path!r}: {state.name} has no log_history, as a trainer writes it."
+        )
+    results = next(
+        (
+            _json(folder / RESULTS, option)
+            for folder in _folders(state)
+            if (folder / RESULTS).exists()
+        ),
+        {},
+    )
+    after = results.get("after")
+    loss_type = results.get("loss_type")
+    return Run(
+        name=_name_of(state),
+        path=state,
+        objective=loss_type if isinstance(loss_type, str) else None,
+        steps=int(content.get("global_step") or 0),
+        history=history,
+        task=_task_figures(after if isinstance(after, dict) else {}, history),
+    )
+
+
+def load_runs(paths: Sequence[str], *, option: str = "--compare") -> list[Run]:
+    """Several runs, under names that differ."""
+    runs = [load_run(path, option=option) for path in paths]
+    names = _distinct([run.path for run in runs])
+    return [
+        Run(name, run.path, run.objective, run.steps, run.history, run.task)
+        for name, run in zip(names, runs, strict=True)
+    ]
+
+
+def figures_of(run: Run) -> RunFigures:
+    """A run in a line."""
+    held_out = any(run.held_out(metric) for metric in COMPARED)
+    of = run.held_out if held_out else run.training
+    nll = of("nll")
+    values = list(nll.values())
+    others = {metric: of(metric) for metric in COMPARED if metric != "nll"}
+    return RunFigures(
+        name=run.name,
+        objective=run.objective,
+        steps=run.steps,
+        held_out=held_out,
+        nll_first=values[0] if values else None,
+        nll_best=min(values, default=None),
+        nll_last=values[-1] if values else None,
+        last={metric: list(series.values())[-1] for metric, series in others.items() if series},
+        task=run.task,
+    )
+
+
+def compared_metrics(runs: Sequence[Run]) -> list[str]:
+    """Those of `COMPARED` that some run has logged."""
+    return [
+        metric
+        for metric in COMPARED
+        if any(run.held_out(metric) or run.training(metric) for run in runs)
+    ]
+
+
+def _task_figures(
+    after: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Figures that are no metric of tokens: accuracies of answers, scores."""
+    known = {*COMPARED, *_NOT_COMPARED}
+    figures: dict[str, Any] = {}
+    for entry in history:
+        evaluated = {name[5:]: value for name, value in entry.items() if name.startswith("eval_")}
+        figures.update({name: value for name, value in evaluated.items() if name not in known})
+    figures.update({name: value for name, value in after.items() if name not in known})
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def _state_of(path: Path, option: str) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(
+            f"{option} {str(path)!r} does not exist. Choices: a run's folder, or a {STATE}."
+        )
+    if (path / STATE).is_file():
+        return path / STATE
+    checkpoints = [
+        folder
+        for folder in path.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / STATE).is_file()
+    ]
+    if not checkpoints:
+        inside = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
+        raise ValueError(
+            f"{option} {str(path)!r} has no {STATE}, nor a checkpoint-N with one. It has: {inside}. Name the folder "
+            "that a trainer wrote to (trainer.save_state() writes the file)."
+        )
+    return max(checkpoints, key=lambda each: int(each.name.removeprefix("checkpoint-"))) / STATE
+
+
+def _json(path: Path, option: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {str(path)!r} cannot be read as JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{option} {str(path)!r} is no {path.name} of a trainer's.")
+    return content
+
+
+def _folders(state: Path) -> list[Path]:
+    """The run's folder, also around a checkpoint's."""
+    folder = state.parent
+    return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
+def _name_of(state: Path) -> str:
+    return _folders(state.resolve())[-1].name
+
+
+def _distinct(states: Sequence[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that differ."""
+    parts = [_folders(state.resolve())[-1].parts for state in states]
+    longest = max((len(part) for part in parts), default=0)
+    for length in range(1, longest + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len({*names}) == len(names):
+            return names
+    # The same folder twice.
+    names = [part[-1] for part in parts]
+    return [f"{name} ({index})" for index, name in enumerate(names, 1)]

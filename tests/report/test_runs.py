@@ -1,0 +1,90 @@
+"""Logs of runs: where they are found, what is compared, and what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_plugin.report.runs import compared_metrics, figures_of, load_run, load_runs
+
+from .conftest import write_run
+
+
+def test_a_run_is_found_by_its_folder_its_file_or_its_newest_checkpoint(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "whole")
+    assert load_run(str(whole)).path == load_run(str(whole / "trainer_state.json")).path
+    for step, nll in ((90, 3.0), (100, 0.5)):
+        write_run(tmp_path / "run" / f"checkpoint-{step}", nll=(nll,))
+    found = load_run(str(tmp_path / "run"))
+    assert found.path.parent.name == "checkpoint-100"
+    assert found.name == "run"
+
+
+def test_results_beside_the_log_name_the_objective_and_the_task(tmp_path: Path) -> None:
+    run = load_run(str(write_run(tmp_path / "run", objective="deft", eval_pass_at_16=0.25)))
+    assert run.objective == "deft"
+    assert run.task == {"pass_at_16": 0.25, "answer_accuracy": 0.75}
+
+
+def test_runs_are_compared_by_nll_and_never_by_their_losses(tmp_path: Path) -> None:
+    run = load_run(str(write_run(tmp_path / "run", nll=(3.0, 1.0, 2.0))))
+    line = figures_of(run)
+    assert line.held_out
+    assert (line.nll_first, line.nll_best, line.nll_last) == (3.0, 1.0, 2.0)
+    assert not any("loss" in name for name in (*line.last, *line.task))
+    assert 100.0 not in (*line.last.values(), *line.task.values())
+    assert line.last["mean_focus"] == pytest.approx(0.5)
+    assert "mean_gate" in compared_metrics([run])
+
+
+def write_log(folder: Path, entries: list[dict[str, Any]], loss_type: str | None) -> str:
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    if loss_type:
+        (folder / "results.json").write_text(json.dumps({"loss_type": loss_type}))
+    return str(folder)
+
+
+def test_trl_s_own_nll_is_logged_as_a_loss(tmp_path: Path) -> None:
+    """And only where the objective is known to be nll is it one."""
+    entries = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}]
+    for loss_type, expected in (("nll", 1.5), ("dft", None), (None, None)):
+        run = load_run(write_log(tmp_path / str(loss_type), entries, loss_type))
+        assert figures_of(run).nll_last == expected
+
+
+def test_a_run_without_evaluation_is_told_as_training(tmp_path: Path) -> None:
+    run = load_run(write_log(tmp_path / "run", [{"step": 1, "nll": 2.0, "mean_gate": 0.5}], None))
+    line = figures_of(run)
+    assert not line.held_out
+    assert (line.nll_last, line.last) == (2.0, {"mean_gate": 0.5})
+
+
+def test_names_differ(tmp_path: Path) -> None:
+    paths = [write_run(tmp_path / seed / "run") for seed in ("seed1", "seed2")]
+    names = [run.name for run in load_runs([str(path) for path in paths])]
+    assert names == ["seed1/run", "seed2/run"]
+    twice = load_runs([str(paths[0])] * 2)
+    assert [run.name for run in twice] == ["run (1)", "run (2)"]
+
+
+def test_what_is_no_run_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_model.safetensors").touch()
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "else.json").write_text("{}")
+    for name, message in (
+        ("none", "does not exist. Choices: a run's folder, or a trainer_state.json"),
+        ("empty", "has no trainer_state.json.*It has: nothing"),
+        ("other", r"has no trainer_state.json.*It has: adapter_model\.safetensors"),
+        ("broken.json", "cannot be read as JSON"),
+        ("list.json", "is no list.json of a trainer's"),
+        ("else.json", "no log_history"),
+    ):
+        with pytest.raises(ValueError, match=f"--compare .*{name}.*{message}"):
+            load_run(str(tmp_path / name))
