@@ -54,11 +54,13 @@ def answer_tokens(
             inputs[row, width - len(sequence) :] = torch.tensor(sequence)
             mask[row, width - len(sequence) :] = 1
         kept = max(answer_lengths)
+        # By index: a slice of hidden states is not contiguous, and lm_head's weight would be copied for each row.
+        positions = torch.arange(width - kept - 1, width, device=model.device)
         logits = model(
             input_ids=inputs.to(model.device),
             attention_mask=mask.to(model.device),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(model.device),
-            logits_to_keep=kept + 1,
+            logits_to_keep=positions,
         ).logits[:, :-1]
         for row, length in enumerate(answer_lengths):
             targets = torch.tensor(ids[row][-length:], device=logits.device)
