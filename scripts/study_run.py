@@ -84,7 +84,7 @@ SCALES = {
         True,
         REAL,
         ("nll", "p", "cayley_trans", "deft"),
-        (2e-4, 6e-4, 2e-3),
+        (6e-4, 2e-3, 6e-3),
         chooses_on_clean=True,
         train_rows=256,
         batch_size=4,
