@@ -139,7 +139,7 @@ def test_losses_and_options_reach_the_trainer(
         ),
         (["--loss-type=nll", '--loss-kwargs={"a": 1}'], "loss_kwargs={'a': 1} would be ignored"),
         (["--model=no/such"], "--model 'no/such' is neither a model's folder nor a model on the hub"),
-        (["--dataset=spell"], "Choices: a task (spell_backward, number_filtering), a file (.json"),
+        (["--dataset=spell"], "Choices: a task (spell_backward, number_filtering), real data (asdiv, medmcqa, commonsense_qa), a file (.json"),
         (["--chat-template=none.jinja"], "--chat-template': file 'none.jinja' does not exist"),
     ],
 )  # fmt: skip
