@@ -26,11 +26,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from data import FILE_TYPES
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from report import console
 
+from deft_plugin.report.data import FILE_TYPES
 from paper.experiments import EXPERIMENTS, training_file
 
 # By experiment: the data set on the hub, and the columns of question and answer. A dot is a field of a column.
