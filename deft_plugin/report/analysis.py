@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..metrics import CLOSED_GATE
 from ..objectives import build_objective, objective_names
+from ..objectives.registry import summary_of
 from .measurement import TokenTable
 
 Numbers = npt.NDArray[np.float64]
@@ -214,9 +215,17 @@ def gates_of(table: TokenTable, names: Sequence[str]) -> dict[str, Tensor]:
     """The gate of each token under each objective, (N,).
 
     Raises:
-        ValueError: an unknown objective, or one that needs a statistic which was not computed.
+        ValueError: an unknown objective, one that needs a statistic which was not computed, or one whose gate is
+            not finite.
     """
-    return {name: table.gate(build_objective(name)) for name in names}
+    gates = {name: table.gate(build_objective(name)) for name in names}
+    for name, gate in gates.items():
+        damaged = int((~gate.isfinite()).sum())
+        if damaged:
+            raise ValueError(
+                f"--objectives {name!r}: its gate is not finite at {damaged:,} of {len(table):,} tokens."
+            )
+    return gates
 
 
 def effects_of(table: TokenTable, gates: Mapping[str, Tensor]) -> list[Effect]:
@@ -230,7 +239,7 @@ def effects_of(table: TokenTable, gates: Mapping[str, Tensor]) -> list[Effect]:
         effects.append(
             Effect(
                 objective=name,
-                description=(type(objective).__doc__ or "").strip().splitlines()[0],
+                description=summary_of(type(objective)),
                 mean_gate=float(gate.double().mean()),
                 closed_share=float(closed.double().mean()),
                 closed_share_of_nll=_share(error_norm[closed].sum(), error_norm.sum()),

@@ -63,6 +63,8 @@ class Placement:
             raise ValueError(f"--dtype {self.dtype!r} is unknown. Choices: {', '.join(DTYPES)}.")
         if self.device is None:
             return
+        if self.device.startswith("meta"):
+            raise ValueError(f"--device {self.device!r} cannot be used: it computes nothing.")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -109,6 +111,14 @@ class Placement:
                     f"{checkpoint.option} {checkpoint.adapter!r} is no adapter for {checkpoint.model!r}: "
                     f"{textwrap.shorten(str(error), 300)}"
                 ) from None
+            kind = model.active_peft_config
+            # Virtual tokens before a row would move its positions.
+            if kind.is_prompt_learning:
+                raise ValueError(
+                    f"{checkpoint.option} {checkpoint.adapter!r} is no LoRA adapter but of the kind "
+                    f"{kind.peft_type.value}, which puts tokens of its own before each row. Only adapters on a model's "
+                    "layers are measured."
+                )
         return model.eval()
 
 
@@ -162,8 +172,9 @@ def load_tokenizer(
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"--chat-template {str(chat_template)!r}: {error.strerror}.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"--chat-template {str(chat_template)!r}: {reason}.") from None
     return tokenizer
 
 
@@ -185,6 +196,16 @@ def check_same_vocabulary(
             f"{after.option} {after.model!r} has another vocabulary ({sizes[0]:,} tokens) than MODEL ({sizes[1]:,} "
             "tokens), so that they cannot be measured on the same rows. Name a checkpoint of MODEL."
         )
+
+
+def trained_on_another(checkpoint: Checkpoint) -> str | None:
+    """The base model that an adapter names as its own where that goes by another name than the checkpoint's, else None."""
+    if checkpoint.adapter is None:
+        return None
+    base: str | None = PeftConfig.from_pretrained(checkpoint.adapter).base_model_name_or_path
+    if not base or Path(base).name == Path(checkpoint.model).resolve().name:
+        return None
+    return base
 
 
 def _short(name: str) -> str:

@@ -18,6 +18,8 @@ from jinja2 import TemplateError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from .data import check_texts
+
 IGNORED = -100
 _NUMBER = "number_of_row"
 
@@ -98,6 +100,7 @@ def prepare_rows(
     if not len(data):
         raise ValueError(f"--data {name!r} has no rows.")
     drawn = draw_rows(data, rows, seed)
+    check_texts(drawn, name, drawn[_NUMBER])
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
