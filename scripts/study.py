@@ -30,9 +30,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from real_model import NAME, get_real_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from real_model import NAME, get_real_model
 from study_data import HELD_OUT
 from study_run import BASE, ON_GPU, SCALES, Run, Scale, perform, quieten
 from study_tables import read_lines, write_page
@@ -232,7 +232,10 @@ def real(
 @app.command()
 def tables() -> None:
     """Write docs/study.md and its plots."""
-    write_page(RESULTS)
+    try:
+        write_page(RESULTS)
+    except ValueError as error:
+        raise typer.BadParameter(f"{RESULTS} has a damaged file: {error}") from None
 
 
 def _start(
