@@ -43,7 +43,6 @@ class Regime:
     Args:
         name: the paper's.
         lowest, highest: the mean focus that the paper's models began with.
-        nearest_from: the mean focus from which on this regime is the nearest of the three.
         task: what the paper trained on.
         finding: its figures for Llama-3.1-8B, in a sentence.
     """
@@ -51,7 +50,6 @@ class Regime:
     name: str
     lowest: float
     highest: float
-    nearest_from: float
     task: str
     finding: str
 
@@ -61,7 +59,6 @@ REGIMES = (
         "weak prior",
         0.0,
         0.05,
-        0.3,
         "FigFont, words drawn with characters",
         "There DEFT (46.3) was well ahead of nll (33.4), and p, which trains only what is believed already, fell "
         "behind the untrained model (14.3 against 30.2; Jaro-Winkler similarity of the answers).",
@@ -70,7 +67,6 @@ REGIMES = (
         "intermediate prior",
         0.55,
         0.55,
-        0.61,
         "medical questions",
         "There all objectives were close together, DEFT (52.0 % right) before Cayley-Trans (51.5), EAFT (51.2), nll "
         "(50.2) and p (49.8), from 22.8 untrained.",
@@ -79,7 +75,6 @@ REGIMES = (
         "strong prior",
         0.65,
         0.70,
-        math.inf,
         "mathematics",
         "There the objectives that keep what the model believes won: DEFT 11.4, Cayley-Trans 10.4 and p 10.0, against "
         "6.5 for nll and 6.8 for EAFT (average over 16 samples), from 0.9 untrained.",
@@ -89,7 +84,11 @@ REGIMES = (
 
 def regime_of(mean_focus: float) -> Regime:
     """The paper's regime whose initial mean focus is nearest."""
-    return next(regime for regime in REGIMES if mean_focus < regime.nearest_from)
+
+    def distance(regime: Regime) -> float:
+        return max(regime.lowest - mean_focus, mean_focus - regime.highest, 0.0)
+
+    return min(REGIMES, key=distance)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -92,21 +93,29 @@ class Placement:
             else None
         )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 checkpoint.model,
                 dtype=dtype,
                 device_map=device_map,
                 quantization_config=quantization,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{checkpoint.option} {checkpoint.model!r} cannot be loaded as a causal language model: "
                 f"{textwrap.shorten(str(error), 300)}"
             ) from None
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(
+                f"{checkpoint.option} {checkpoint.model!r} lacks {len(missing)} of its weights ({some}), which would be "
+                "random: it is no whole causal language model."
+            )
         if checkpoint.adapter is not None:
             try:
                 model = PeftModel.from_pretrained(model, checkpoint.adapter)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
                 raise ValueError(
                     f"{checkpoint.option} {checkpoint.adapter!r} is no adapter for {checkpoint.model!r}: "
                     f"{textwrap.shorten(str(error), 300)}"

@@ -15,6 +15,15 @@ FORMATS = (("prompt", "completion"), ("messages",), ("conversations",), ("text",
 # What TRL gives a chat template beside the messages, and what makes it take a row for one of a vision model.
 OF_THE_TEMPLATE = ("tools", "chat_template_kwargs")
 IMAGES = ("image", "images")
+TEXT, MESSAGES = "a text", "a list of messages"
+# What each column of theirs has.
+KINDS = {
+    "prompt": f"{TEXT} or {MESSAGES}",
+    "completion": f"{TEXT} or {MESSAGES}",
+    "messages": MESSAGES,
+    "conversations": MESSAGES,
+    "text": TEXT,
+}
 CHOICES = f"a file ({', '.join(FILE_TYPES)}), a folder, a name on the hub"
 
 
@@ -51,7 +60,7 @@ def load_splits(
         return load_dataset(name, config)
     except StopIteration:  # A JSON file without a line.
         raise ValueError(f"{option} {name!r} has no rows.") from None
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, EOFError, ImportError, DatasetsError) as error:
         # Of a file that is damaged, the cause alone says where.
         reason = textwrap.shorten(str(error.__cause__ or error), 300).rstrip(".")
         raise ValueError(
@@ -128,11 +137,20 @@ def check_texts(
         numbers: of the rows in their split; None for 0, 1, ...
         option: what a user has named the data set with, for messages.
     """
-    for column in dict.fromkeys(column for wanted in FORMATS for column in wanted):
+    for column, kind in KINDS.items():
         if column not in data.column_names:
             continue
         for row, value in zip(numbers or range(len(data)), data[column], strict=True):
-            if not isinstance(value, str | list):
+            is_messages = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+            if not (
+                (is_messages and kind != TEXT) or (isinstance(value, str) and kind != MESSAGES)
+            ):
                 raise ValueError(
-                    f"{option} {name!r}, row {row}: {column} is {value!r}; it must be a text or a list of messages."
+                    f"{option} {name!r}, row {row}: {column} is {textwrap.shorten(repr(value), 100)}; it must be {kind}."
                 )
+    if len(data) and {"prompt", "completion"} <= {*data.column_names}:
+        prompt, completion = data[0]["prompt"], data[0]["completion"]
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError(
+                f"{option} {name!r}: prompt and completion must both be texts or both lists of messages."
+            )

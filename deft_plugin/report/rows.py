@@ -118,7 +118,13 @@ def prepare_rows(
                 train_dataset=drawn,
                 processing_class=tokenizer,
             )
-        except (ValueError, TypeError, KeyError, RuntimeError, TemplateError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            RuntimeError,
+            TemplateError,
+        ) as error:
             if getattr(tokenizer, "chat_template", None) is None and "chat_template" in str(error):
                 raise ValueError(
                     f"--data {name!r} is conversational, and the model's tokenizer has no chat template: name a "

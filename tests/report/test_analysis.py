@@ -131,7 +131,7 @@ def test_where_the_data_stands(logits: Tensor, targets: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("mean", "name"),
-    [(0.0, "weak"), (0.2, "weak"), (0.35, "intermediate"), (0.6, "intermediate"), (0.66, "strong"), (1.0, "strong")],
+    [(0.0, "weak"), (0.2, "weak"), (0.35, "intermediate"), (0.59, "intermediate"), (0.605, "strong"), (0.66, "strong"), (1.0, "strong")],
 )  # fmt: skip
 def test_the_nearest_of_the_papers_regimes(mean: float, name: str) -> None:
     assert regime_of(mean).name == f"{name} prior"

@@ -6,6 +6,7 @@ import csv
 import fnmatch
 import importlib.resources
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from deft_plugin import cli, report
 from deft_plugin.report import checkpoint
@@ -268,6 +270,7 @@ def test_a_model_that_is_certain_of_everything(
         (["{model}", "--data", "{data}", "--chat-template", "{model}/model.safetensors"], "--chat-template '{model}/model.safetensors': 'utf-8'"),
         (["{model}", "--data", "{data}", "--output", "{data}"], "--output '{data}' is no folder to write to"),
         (["{model}", "--data", "empty.jsonl"], "--data 'empty.jsonl' has no rows"),
+        (["{model}", "--data", "zipped.jsonl"], "--data 'zipped.jsonl' cannot be loaded"),
         (["{model}", "--data", "torn.jsonl"], "--data 'torn.jsonl' cannot be loaded: JSON parse error"),
     ],
 )  # fmt: skip
@@ -277,6 +280,7 @@ def test_what_does_not_fit_is_told_in_one_line(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "zipped.jsonl").write_bytes(b"\x1f\x8b\x08\x00")
     (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
     names = {"model": str(model), "data": str(pairs), "base": str(BASE_MODEL)}
     status, errors = run(*(argument.format(**names) for argument in arguments))
@@ -303,6 +307,24 @@ def test_what_is_in_the_way_of_a_file_is_named(
     assert status == 2
     assert "is no folder to write to" in errors
     assert "tokens.csv" in errors
+
+
+def test_a_checkpoint_without_all_of_its_weights_is_refused(
+    model: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    """The rest would be random, and so the report."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    status, errors = run(copy, "--data", pairs)
+    assert status == 2
+    assert "lacks 1 of its weights (lm_head.weight), which would be random" in errors
+    (copy / "model.safetensors").write_bytes(b"torn")
+    status, errors = run(copy, "--data", pairs)
+    assert status == 2
+    assert "cannot be loaded as a causal language model" in errors
 
 
 def test_an_adapter_of_virtual_tokens_is_refused(

@@ -107,12 +107,17 @@ def test_images_are_not_left_out_without_a_word() -> None:
         ([{"text": 2.5}], "row 0: text is 2.5"),
         ([{"messages": None}, {"messages": ASK + TELL}], "row 0: messages is None"),
         ([{"conversations": None}, FORMATS["conversations"]], "row 0: conversations is None"),
+        ([{"messages": "a text"}], "row 0: messages is 'a text'"),
+        ([{"messages": ["a", "b"]}], r"row 0: messages is \['a', 'b'\]"),
+        ([{"text": ["a"]}], r"row 0: text is \['a'\]"),
+        ([{"prompt": "a", "completion": TELL}], "prompt and completion"),
+        ([{"messages": []}, {"messages": ASK + TELL}], "cannot be prepared by TRL: list index out of range"),
     ],
 )  # fmt: skip
 def test_what_is_neither_text_nor_messages_is_named_with_its_row(
     rows: list[dict[str, Any]], message: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(ValueError, match=f"--data 'mine', {message}; it must be a text"):
+    with pytest.raises(ValueError, match=f"--data 'mine'[,:]? {message}"):
         prepare_rows(in_trl_format(Dataset.from_list(rows), "mine"), tokenizer, rows=9, name="mine")
 
 
