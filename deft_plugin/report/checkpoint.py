@@ -211,7 +211,10 @@ def trained_on_another(checkpoint: Checkpoint) -> str | None:
     """The base model that an adapter names as its own where that goes by another name than the checkpoint's, else None."""
     if checkpoint.adapter is None:
         return None
-    base: str | None = PeftConfig.from_pretrained(checkpoint.adapter).base_model_name_or_path
+    try:
+        base: str | None = PeftConfig.from_pretrained(checkpoint.adapter).base_model_name_or_path
+    except (OSError, ValueError, KeyError, TypeError):  # Of a damaged one loading tells.
+        return None
     if not base or Path(base).name == Path(checkpoint.model).resolve().name:
         return None
     return base

@@ -354,6 +354,10 @@ def test_an_adapter_of_another_model_is_told(
         assert status == 0, errors
         page = (output / "report.html").read_text(encoding="utf-8")
         assert (f"was trained on {base}, as its adapter_config.json says" in page) == is_told
+    config.write_text("{")
+    status, errors = run(model, "--data", pairs, "--rows", 2, "--after", adapter)
+    assert status == 2
+    assert f"--after '{adapter}' is no adapter for" in errors
 
 
 @pytest.mark.parametrize("name", ["rows", "batch_size", "max_length"])
