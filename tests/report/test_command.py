@@ -318,11 +318,11 @@ def test_a_checkpoint_without_all_of_its_weights_is_refused(
     weights = load_file(copy / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    status, errors = run(copy, "--data", pairs)
+    status, errors = run(copy, "--data", pairs, "--output", tmp_path / "out")
     assert status == 2
     assert "lacks 1 of its weights (lm_head.weight), which would be random" in errors
     (copy / "model.safetensors").write_bytes(b"torn")
-    status, errors = run(copy, "--data", pairs)
+    status, errors = run(copy, "--data", pairs, "--output", tmp_path / "out")
     assert status == 2
     assert "cannot be loaded as a causal language model" in errors
 
@@ -333,7 +333,9 @@ def test_an_adapter_of_virtual_tokens_is_refused(
     """Its logits are not at the rows' positions."""
     kind = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(tiny_model("llama"), kind).save_pretrained(tmp_path / "adapter")
-    status, errors = run(model, "--data", pairs, "--after", tmp_path / "adapter")
+    status, errors = run(
+        model, "--data", pairs, "--after", tmp_path / "adapter", "--output", tmp_path / "out"
+    )
     assert status == 2
     assert "is no LoRA adapter but of the kind PROMPT_TUNING" in errors
 
@@ -355,7 +357,9 @@ def test_an_adapter_of_another_model_is_told(
         page = (output / "report.html").read_text(encoding="utf-8")
         assert (f"was trained on {base}, as its adapter_config.json says" in page) == is_told
     config.write_text("{")
-    status, errors = run(model, "--data", pairs, "--rows", 2, "--after", adapter)
+    status, errors = run(
+        model, "--data", pairs, "--rows", 2, "--after", adapter, "--output", output
+    )
     assert status == 2
     assert f"--after '{adapter}' is no adapter for" in errors
 
