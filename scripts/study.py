@@ -21,6 +21,7 @@ import process_setup  # noqa: F401
 import csv
 import math
 import multiprocessing
+import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields, replace
@@ -29,11 +30,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from real_model import NAME, get_real_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from study_data import HELD_OUT
 from study_run import BASE, ON_GPU, SCALES, Run, Scale, perform, quieten
-from study_tables import write_page
+from study_tables import read_lines, write_page
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "study"
 # The first data set of a scale is the one that it does well before training.
@@ -47,7 +49,7 @@ Results = dict[Run, dict[str, str]]
 
 
 def read_results(path: Path) -> Results:
-    """The results file's lines, by run.
+    """The results file's lines, by run. A last line that was cut short is taken off the file.
 
     Raises:
         typer.BadParameter: it is another file.
@@ -55,12 +57,18 @@ def read_results(path: Path) -> Results:
     if not path.exists():
         return {}
     types = {field.name: {"float": float, "int": int}.get(field.type, str) for field in fields(Run)}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        lines = list(reader)
-    if not types.keys() <= set(reader.fieldnames or ()):
-        raise typer.BadParameter(f"--output: {path} is there and is no results file of a study.")
-    return {Run(**{name: cast(line[name]) for name, cast in types.items()}): line for line in lines}
+    try:
+        results = {
+            Run(**{name: cast(line[name]) for name, cast in types.items()}): line
+            for line in read_lines(path)
+        }
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"--output: {path} is there and is no results file of a study: {error}"
+        ) from None
+    content = path.read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
+    return results
 
 
 def append_result(path: Path, run: Run, figures: dict[str, Any]) -> None:
@@ -70,7 +78,7 @@ def append_result(path: Path, run: Run, figures: dict[str, Any]) -> None:
         for name, value in figures.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
+    is_new = not path.exists() or not path.stat().st_size
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(line))
         if is_new:
@@ -110,8 +118,17 @@ def all_runs(
 
 
 def best_learning_rate(grid: Results) -> float:
-    """Of the rates whose score is within a standard error of the best one's, that with the lowest nll."""
-    scores = {run: float(line["score"]) for run, line in grid.items()}
+    """Of the rates whose score is within a standard error of the best one's, that with the lowest nll.
+
+    Of those whose run has not ended in NaN; the lowest rate where none has not.
+    """
+    scores = {
+        run: float(line["score"])
+        for run, line in grid.items()
+        if math.isfinite(float(line["score"])) and math.isfinite(float(line["nll"]))
+    }
+    if not scores:
+        return min(run.learning_rate for run in grid)
     best = max(scores.values())
     error = math.sqrt(max(best * (1 - best), 0.0) / HELD_OUT["validation"])
     near = [run for run, score in scores.items() if score >= best - error]
@@ -215,7 +232,10 @@ def real(
 @app.command()
 def tables() -> None:
     """Write docs/study.md and its plots."""
-    write_page(RESULTS)
+    try:
+        write_page(RESULTS)
+    except ValueError as error:
+        raise typer.BadParameter(f"{RESULTS} has a damaged file: {error}") from None
 
 
 def _start(
@@ -225,6 +245,14 @@ def _start(
         if each not in scale.data:
             raise typer.BadParameter(f"--data {each!r} is none of {', '.join(scale.data)}.")
     path = output or RESULTS / f"{name}.csv"
+    try:
+        # Before the processes do, all at once.
+        if scale.model == NAME:
+            get_real_model()
+        for each in data or scale.data:
+            scale.data[each].load()
+    except RuntimeError as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from None
     run_study(path, scale, data or list(scale.data), seeds, workers)
 
 

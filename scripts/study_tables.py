@@ -7,6 +7,7 @@ in them is written by hand: "small" and "real" with all figures, "summary" with 
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import statistics
@@ -23,6 +24,8 @@ from scipy import stats
 DOCS = Path(__file__).resolve().parent.parent
 PAGES = ("docs/study.md", "docs/which-objective.md", "README.md")
 SCALES = ("small", "real")
+# The columns that make a run the run it is.
+KEY = ("data", "corrupted", "objective", "learning_rate", "seed", "split")
 BASE = "base"
 # Both names of one gradient.
 NAMES = {"p": "p, dft"}
@@ -42,7 +45,8 @@ class Estimate:
     def of(cls, values: Sequence[float]) -> Estimate:
         count = len(values)
         mean = statistics.fmean(values)
-        if count < 2:
+        # A run that ended in NaN makes a mean that is none.
+        if count < 2 or math.isnan(mean):
             return cls(mean, math.nan)
         error = statistics.stdev(values) / math.sqrt(count)
         return cls(mean, float(stats.t.ppf(0.975, count - 1)) * error)
@@ -90,10 +94,29 @@ class Case:
         return Estimate.of([columns[0][seed] - columns[1][seed] for seed in seeds])
 
 
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """A results file's lines, the last one of a run that is there twice; without a last line that a kill has cut short.
+
+    Raises:
+        ValueError: it is another file, or a line in it is damaged.
+    """
+    with path.open(newline="") as file:
+        content = file.read()
+    whole = content[: content.rfind("\n") + 1]
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    if content and not {*KEY} <= {*(reader.fieldnames or ())}:
+        raise ValueError(f"its first line does not have {', '.join(KEY)}.")
+    lines = {}
+    for line in reader:
+        if None in line or None in line.values():
+            raise ValueError(f"line {reader.line_num} has not as many columns as the first.")
+        lines[tuple(line[name] for name in KEY)] = line
+    return list(lines.values())
+
+
 def read_cases(path: Path) -> list[Case]:
     """The cases of a results file that have been run on the test split, in the file's order."""
-    with path.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["split"] == "test"]
+    lines = [line for line in read_lines(path) if line["split"] == "test"]
     before = {line["data"]: line for line in lines if line["objective"] == BASE}
     cases: dict[tuple[str, float], Case] = {}
     for line in lines:
@@ -162,8 +185,7 @@ def summary_table(cases: Iterable[Case]) -> str:
 
 def rates_table(path: Path) -> str:
     """Scores on the validation split by learning rate, of one seed: what a wrong rate costs. A table a case."""
-    with path.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["split"] == "validation"]
+    lines = [line for line in read_lines(path) if line["split"] == "validation"]
     scores: dict[tuple[str, float], dict[str, dict[float, str]]] = {}
     for line in lines:
         case = scores.setdefault((line["data"], float(line["corrupted"])), {})
@@ -234,8 +256,7 @@ def plot(cases: Sequence[Case], path: Path) -> None:
 
 def versions(path: Path) -> str:
     """What a results file was made with."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_lines(path)
     names = ("torch", "transformers", "trl")
     found = {name: sorted({line[name] for line in lines}) for name in names}
     hours = sum(float(line["seconds"]) for line in lines) / 3600

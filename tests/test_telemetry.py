@@ -136,8 +136,19 @@ def test_a_file_of_something_else_is_named_with_the_line(tmp_path: Path, line: s
         Run(tmp_path).begin(1)
 
 
-def test_an_old_file_of_something_else_does_not_stop_a_new_run(tmp_path: Path) -> None:
-    (tmp_path / FILE_NAME).write_text("no JSON\n")
+def test_lines_that_end_as_on_windows_are_whole(tmp_path: Path) -> None:
+    Run(tmp_path).log(2, 4)
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b'{"step": 6')
+    Run(tmp_path).log(0, split="eval")
+    assert logged(tmp_path) == [(2, TRAINING, 1), (4, TRAINING, 1), (0, "eval", 1)]
+
+
+@pytest.mark.parametrize("content", [b"no JSON\n", b"\xff\xfe\x00\n\xff"])
+def test_an_old_file_of_something_else_does_not_stop_a_new_run(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / FILE_NAME).write_bytes(content)
     run = Run(tmp_path)
     run.begin()
     run.log(1)

@@ -141,6 +141,11 @@ def objective_names() -> tuple[str, ...]:
     return tuple(_OBJECTIVES)
 
 
+def summary_of(cls: type[Objective]) -> str:
+    """The first line of an objective's documentation; "" where it has none."""
+    return next(iter((cls.__doc__ or "").strip().splitlines()), "")
+
+
 def describe_parameters(cls: type[Objective]) -> str:
     """Parameters with their defaults, and in brackets what else one of several kinds or choices may be."""
     hints = typing.get_type_hints(cls)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..metrics import CLOSED_GATE
 from ..objectives import build_objective, objective_names
+from ..objectives.registry import summary_of
 from .measurement import TokenTable
 
 Numbers = npt.NDArray[np.float64]
@@ -42,7 +43,6 @@ class Regime:
     Args:
         name: the paper's.
         lowest, highest: the mean focus that the paper's models began with.
-        nearest_from: the mean focus from which on this regime is the nearest of the three.
         task: what the paper trained on.
         finding: its figures for Llama-3.1-8B, in a sentence.
     """
@@ -50,7 +50,6 @@ class Regime:
     name: str
     lowest: float
     highest: float
-    nearest_from: float
     task: str
     finding: str
 
@@ -60,7 +59,6 @@ REGIMES = (
         "weak prior",
         0.0,
         0.05,
-        0.3,
         "FigFont, words drawn with characters",
         "There DEFT (46.3) was well ahead of nll (33.4), and p, which trains only what is believed already, fell "
         "behind the untrained model (14.3 against 30.2; Jaro-Winkler similarity of the answers).",
@@ -69,7 +67,6 @@ REGIMES = (
         "intermediate prior",
         0.55,
         0.55,
-        0.61,
         "medical questions",
         "There all objectives were close together, DEFT (52.0 % right) before Cayley-Trans (51.5), EAFT (51.2), nll "
         "(50.2) and p (49.8), from 22.8 untrained.",
@@ -78,7 +75,6 @@ REGIMES = (
         "strong prior",
         0.65,
         0.70,
-        math.inf,
         "mathematics",
         "There the objectives that keep what the model believes won: DEFT 11.4, Cayley-Trans 10.4 and p 10.0, against "
         "6.5 for nll and 6.8 for EAFT (average over 16 samples), from 0.9 untrained.",
@@ -88,7 +84,11 @@ REGIMES = (
 
 def regime_of(mean_focus: float) -> Regime:
     """The paper's regime whose initial mean focus is nearest."""
-    return next(regime for regime in REGIMES if mean_focus < regime.nearest_from)
+
+    def distance(regime: Regime) -> float:
+        return max(regime.lowest - mean_focus, mean_focus - regime.highest, 0.0)
+
+    return min(REGIMES, key=distance)
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,17 @@ def gates_of(table: TokenTable, names: Sequence[str]) -> dict[str, Tensor]:
     """The gate of each token under each objective, (N,).
 
     Raises:
-        ValueError: an unknown objective, or one that needs a statistic which was not computed.
+        ValueError: an unknown objective, one that needs a statistic which was not computed, or one whose gate is
+            not finite.
     """
-    return {name: table.gate(build_objective(name)) for name in names}
+    gates = {name: table.gate(build_objective(name)) for name in names}
+    for name, gate in gates.items():
+        damaged = int((~gate.isfinite()).sum())
+        if damaged:
+            raise ValueError(
+                f"--objectives {name!r}: its gate is not finite at {damaged:,} of {len(table):,} tokens."
+            )
+    return gates
 
 
 def effects_of(table: TokenTable, gates: Mapping[str, Tensor]) -> list[Effect]:
@@ -230,7 +238,7 @@ def effects_of(table: TokenTable, gates: Mapping[str, Tensor]) -> list[Effect]:
         effects.append(
             Effect(
                 objective=name,
-                description=(type(objective).__doc__ or "").strip().splitlines()[0],
+                description=summary_of(type(objective)),
                 mean_gate=float(gate.double().mean()),
                 closed_share=float(closed.double().mean()),
                 closed_share_of_nll=_share(error_norm[closed].sum(), error_norm.sum()),

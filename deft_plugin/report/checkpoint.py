@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,6 +64,8 @@ class Placement:
             raise ValueError(f"--dtype {self.dtype!r} is unknown. Choices: {', '.join(DTYPES)}.")
         if self.device is None:
             return
+        if self.device.startswith("meta"):
+            raise ValueError(f"--device {self.device!r} cannot be used: it computes nothing.")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -90,25 +93,41 @@ class Placement:
             else None
         )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 checkpoint.model,
                 dtype=dtype,
                 device_map=device_map,
                 quantization_config=quantization,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"{checkpoint.option} {checkpoint.model!r} cannot be loaded as a causal language model: "
                 f"{textwrap.shorten(str(error), 300)}"
             ) from None
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise ValueError(
+                f"{checkpoint.option} {checkpoint.model!r} lacks {len(missing)} of its weights ({some}), which would be "
+                "random: it is no whole causal language model."
+            )
         if checkpoint.adapter is not None:
             try:
                 model = PeftModel.from_pretrained(model, checkpoint.adapter)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
+            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
                 raise ValueError(
                     f"{checkpoint.option} {checkpoint.adapter!r} is no adapter for {checkpoint.model!r}: "
                     f"{textwrap.shorten(str(error), 300)}"
                 ) from None
+            kind = model.active_peft_config
+            # Virtual tokens before a row would move its positions.
+            if kind.is_prompt_learning:
+                raise ValueError(
+                    f"{checkpoint.option} {checkpoint.adapter!r} is no LoRA adapter but of the kind "
+                    f"{kind.peft_type.value}, which puts tokens of its own before each row. Only adapters on a model's "
+                    "layers are measured."
+                )
         return model.eval()
 
 
@@ -162,8 +181,9 @@ def load_tokenizer(
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"--chat-template {str(chat_template)!r}: {error.strerror}.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"--chat-template {str(chat_template)!r}: {reason}.") from None
     return tokenizer
 
 
@@ -185,6 +205,19 @@ def check_same_vocabulary(
             f"{after.option} {after.model!r} has another vocabulary ({sizes[0]:,} tokens) than MODEL ({sizes[1]:,} "
             "tokens), so that they cannot be measured on the same rows. Name a checkpoint of MODEL."
         )
+
+
+def trained_on_another(checkpoint: Checkpoint) -> str | None:
+    """The base model that an adapter names as its own where that goes by another name than the checkpoint's, else None."""
+    if checkpoint.adapter is None:
+        return None
+    try:
+        base: str | None = PeftConfig.from_pretrained(checkpoint.adapter).base_model_name_or_path
+    except (OSError, ValueError, KeyError, TypeError):  # Of a damaged one loading tells.
+        return None
+    if not base or Path(base).name == Path(checkpoint.model).resolve().name:
+        return None
+    return base
 
 
 def _short(name: str) -> str:

@@ -147,7 +147,8 @@ def several_to_an_option(arguments: Sequence[str]) -> list[str]:
     comparing, is_first = False, False
     for argument in arguments:
         if argument.startswith("-"):
-            comparing, is_first = argument == "--compare", True
+            option, _, value = argument.partition("=")
+            comparing, is_first = option == "--compare", not value
             spread.append(argument)
             continue
         if comparing and not is_first:

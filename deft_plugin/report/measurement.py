@@ -144,6 +144,13 @@ def measure(
         ValueError: the model's logits are NaN, or it has none for a token.
     """
     vocab_size = model.config.get_text_config().vocab_size
+    # A kernel on a GPU would say less of it, and end the process.
+    known = min(vocab_size, getattr(model.get_input_embeddings(), "num_embeddings", vocab_size))
+    largest = max(max(*row.input_ids, *row.labels) for row in rows)
+    if largest >= known:
+        raise ValueError(
+            f"the data has token {largest:,}, outside the model's vocabulary [0, {known:,})."
+        )
     found: list[tuple[Tensor, Tensor, _Tokens]] = []
     for batch in _batches(rows, batch_size, LOGITS_BYTES // (4 * vocab_size)):
         for indices, positions, logits, targets in _forwards(model, batch, rows):
@@ -240,12 +247,7 @@ def _forwards(
 def _folded(
     indices: Tensor, positions: Tensor, logits: Tensor, targets: Tensor, top_ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, _Tokens]]:
-    vocab_size = logits.size(1)
-    if len(targets) and int(targets.max()) >= vocab_size:
-        raise ValueError(
-            f"the data has token {int(targets.max()):,}, outside the model's vocabulary [0, {vocab_size:,})."
-        )
-    tile = max(FOLDED_BYTES // (4 * vocab_size), 1)
+    tile = max(FOLDED_BYTES // (4 * logits.size(1)), 1)
     for part in range(0, len(targets), tile):
         some = slice(part, part + tile)
         tokens = statistics_of_logits(logits[some], targets[some].to(logits.device), top_ks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import platform
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from .checkpoint import (
     checkpoint_after,
     checkpoint_with,
     load_tokenizer,
+    trained_on_another,
 )
 from .data import in_trl_format, load_splits, split_of
 from .export import write_json, write_rows, write_tokens
@@ -96,6 +98,11 @@ class Options:
     batch_size: int = 8
     placement: Placement = field(default_factory=Placement)
 
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("batch_size", 1), ("max_length", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
 
 @dataclass(frozen=True)
 class _Measured:
@@ -107,6 +114,7 @@ class _Measured:
     before: TokenTable
     after_label: str | None
     after: TokenTable | None
+    notes: list[str]
 
 
 def make_report(options: Options, console: Console | None = None) -> Path:
@@ -127,20 +135,25 @@ def make_report(options: Options, console: Console | None = None) -> Path:
     _check_course(run)
     with _progress(console) as steps:
         measured = None if options.model is None else _measure(options, names, steps)
-        try:
+        with _writing(options.output):
             (options.output / "figures").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--output {str(options.output)!r} is no folder to write to: {error.strerror}."
-            ) from None
-        content, numbers = _content(options, names, measured, run, runs, steps)
-        for each in content.pictures.values():
-            (options.output / "figures" / f"{each.name}.png").write_bytes(each.light)
-            (options.output / "figures" / f"{each.name}-dark.png").write_bytes(each.dark)
-        write_json(options.output / "report.json", numbers)
-        page = options.output / "report.html"
-        page.write_text(render(content), encoding="utf-8")
+            content, numbers = _content(options, names, measured, run, runs, steps)
+            for each in content.pictures.values():
+                (options.output / "figures" / f"{each.name}.png").write_bytes(each.light)
+                (options.output / "figures" / f"{each.name}-dark.png").write_bytes(each.dark)
+            write_json(options.output / "report.json", numbers)
+            page = options.output / "report.html"
+            page.write_text(render(content), encoding="utf-8")
     return page
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Raise `ValueError` where something cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--output {str(output)!r} is no folder to write to: {error}.") from None
 
 
 def _check_together(options: Options) -> None:
@@ -194,11 +207,19 @@ def _measure(options: Options, names: list[str], steps: _Steps) -> _Measured:
             name=options.data,
         )
         advance(1)
+    # Before a model is loaded, and after all else that can be wrong.
+    with _writing(options.output):
+        (options.output / "figures").mkdir(parents=True, exist_ok=True)
+    notes = [
+        f"{checkpoint.adapter} was trained on {base}, as its adapter_config.json says, and is measured on "
+        f"{checkpoint.model}. Unless they are the same model, what it makes of the data says nothing."
+        for checkpoint in (first, second)
+        if checkpoint is not None and (base := trained_on_another(checkpoint)) is not None
+    ]
     before = _table_of(first, options, sample, names, steps)
     after = None if second is None else _table_of(second, options, sample, names, steps)
-    return _Measured(
-        tokenizer, sample, first.label, before, None if second is None else second.label, after
-    )
+    after_label = None if second is None else second.label
+    return _Measured(tokenizer, sample, first.label, before, after_label, after, notes)
 
 
 def _table_of(
@@ -219,6 +240,11 @@ def _table_of(
             )
     except ValueError as error:
         raise ValueError(f"{checkpoint.option} {checkpoint.label!r}: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{checkpoint.option} {checkpoint.label!r}: out of memory (--batch-size {options.batch_size}, --max-length "
+            f"{options.max_length}; --dtype bfloat16, --four-bit): {textwrap.shorten(str(error), 120)}"
+        ) from None
     finally:
         # A GPU need not hold the next checkpoint beside this one.
         del model
@@ -292,13 +318,12 @@ def _add_data(
     tokens = token_lines(sample.rows, table, gates, texts, shown, measured.after)
     rows = row_lines(sample.rows, table, gates, texts, shown)
     kinds = kind_lines(tokens, shown)
-    options.output.mkdir(parents=True, exist_ok=True)
     write_tokens(options.output / "tokens.csv", tokens)
     write_rows(options.output / "rows.csv", rows)
     content.update(
         standing=standing,
         effects=effects,
-        sample_notes=_notes(options, sample, standing.tokens),
+        sample_notes=measured.notes + _notes(options, sample, standing.tokens),
         shaded=shaded_rows(sample.rows, table, gates, texts, rows, shown, measured.after),
         row_count=len(rows),
         token_lines=varied(tokens)[:MOST_TOKEN_LINES],

@@ -18,6 +18,8 @@ from jinja2 import TemplateError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from .data import check_texts
+
 IGNORED = -100
 _NUMBER = "number_of_row"
 
@@ -98,6 +100,7 @@ def prepare_rows(
     if not len(data):
         raise ValueError(f"--data {name!r} has no rows.")
     drawn = draw_rows(data, rows, seed)
+    check_texts(drawn, name, drawn[_NUMBER])
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             output_dir=folder,
@@ -115,7 +118,13 @@ def prepare_rows(
                 train_dataset=drawn,
                 processing_class=tokenizer,
             )
-        except (ValueError, TypeError, KeyError, RuntimeError, TemplateError) as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            RuntimeError,
+            TemplateError,
+        ) as error:
             if getattr(tokenizer, "chat_template", None) is None and "chat_template" in str(error):
                 raise ValueError(
                     f"--data {name!r} is conversational, and the model's tokenizer has no chat template: name a "

@@ -41,6 +41,7 @@ _NOT_COMPARED = (
     "num_input_tokens_seen",
     "skipped_share",
 )
+_NOT_COMPARED_ENDS = tuple(f"_{name}" for name in _NOT_COMPARED)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def load_run(path: str, *, option: str = "--compare") -> Run:
         name=_name_of(state),
         path=state,
         objective=loss_type if isinstance(loss_type, str) else None,
-        steps=int(content.get("global_step") or 0),
+        steps=_steps_of(content, state, option),
         history=history,
         task=_task_figures(after if isinstance(after, dict) else {}, history),
     )
@@ -167,7 +168,7 @@ def figures_of(run: Run) -> RunFigures:
         steps=run.steps,
         held_out=held_out,
         nll_first=values[0] if values else None,
-        nll_best=min(values, default=None),
+        nll_best=min((value for value in values if not math.isnan(value)), default=None),
         nll_last=values[-1] if values else None,
         last={metric: list(series.values())[-1] for metric, series in others.items() if series},
         task=run.task,
@@ -191,13 +192,29 @@ def _task_figures(
     figures: dict[str, Any] = {}
     for entry in history:
         evaluated = {name[5:]: value for name, value in entry.items() if name.startswith("eval_")}
-        figures.update({name: value for name, value in evaluated.items() if name not in known})
+        # Of several evaluation sets each has the same metrics under its name, "eval_mine_loss".
+        figures.update(
+            {
+                name: value
+                for name, value in evaluated.items()
+                if name not in known and not name.endswith(_NOT_COMPARED_ENDS)
+            }
+        )
     figures.update({name: value for name, value in after.items() if name not in known})
     return {
         name: float(value)
         for name, value in figures.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def _steps_of(content: Mapping[str, Any], state: Path, option: str) -> int:
+    steps = content.get("global_step") or 0
+    if not isinstance(steps, int):
+        raise ValueError(
+            f"{option} {str(state)!r}: global_step is {steps!r}; it must be a whole number."
+        )
+    return steps
 
 
 def _state_of(path: Path, option: str) -> Path:
@@ -226,7 +243,7 @@ def _state_of(path: Path, option: str) -> Path:
 def _json(path: Path, option: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{option} {str(path)!r} cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{option} {str(path)!r} is no {path.name} of a trainer's.")

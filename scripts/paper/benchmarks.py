@@ -101,9 +101,12 @@ def read_rows(path: Path) -> Any:
         # Not str.splitlines, which also splits at separators inside of texts.
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line.strip()]
-        return json.loads(text)
-    except (OSError, ValueError) as error:
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--data {path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, list | dict):
+        raise ValueError(f"--data {path} has neither rows nor an object of them, but {content!r}.")
+    return content
 
 
 def _load_math(files: Mapping[str, Path], chosen: Sequence[str]) -> dict[str, Rows]:
@@ -130,7 +133,13 @@ def _load_medical(files: Mapping[str, Path], chosen: Sequence[str]) -> dict[str,
     for name, path in files.items():
         rows = read_rows(path)
         # As the file on the hub: an object of benchmarks.
-        tables |= rows if isinstance(rows, dict) else {name or path.stem: rows}
+        found = rows if isinstance(rows, dict) else {name or path.stem: rows}
+        for benchmark, table in found.items():
+            if not isinstance(table, list):
+                raise ValueError(
+                    f"--data {path}: {benchmark} has no rows, but {textwrap.shorten(repr(table), 100)}."
+                )
+        tables |= found
     return tables or json.loads(Path(_file_from_hub(*MEDICAL)).read_text(encoding="utf-8"))
 
 
@@ -170,7 +179,7 @@ def _unreachable(name: str, error: Exception) -> str:
 
 
 def _math_question(name: str, index: int, row: Mapping[str, Any]) -> Question:
-    question = _first(row, MATH_QUESTION, name)
+    question = _text(_first(row, MATH_QUESTION, name), name, index)
     answer = _first(row, MATH_ANSWER, name)
     # OlympiadBench has lists, nearly all of one answer.
     reference = ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)
@@ -179,7 +188,8 @@ def _math_question(name: str, index: int, row: Mapping[str, Any]) -> Question:
 
 def _medical_question(name: str, index: int, row: Mapping[str, Any]) -> Question:
     question, options, letter = (_first(row, (column,), name) for column in MEDICAL_COLUMNS)
-    if not isinstance(options, dict) or letter not in options:
+    question = _text(question, name, index)
+    if not isinstance(options, dict) or str(letter) not in options:
         raise ValueError(
             f"{name}, row {index}: options must be an object of texts by letter, and answer_idx one of its letters; "
             f"not {textwrap.shorten(repr(options), 100)} and {letter!r}."
@@ -191,8 +201,23 @@ def _medical_question(name: str, index: int, row: Mapping[str, Any]) -> Question
 
 def _figfont_question(name: str, index: int, row: Mapping[str, Any]) -> Question:
     messages = _first(row, ("messages",), name)
-    text = messages[0]["content"] + EXPERIMENTS["figfont"].instruction
-    return Question(name, index, text, messages[-1]["content"])
+    try:
+        asked, answer = messages[0]["content"], messages[-1]["content"]
+    except (TypeError, KeyError):
+        raise ValueError(
+            f"{name}, row {index}: messages must be a list of roles and contents; not "
+            f"{textwrap.shorten(repr(messages), 100)}."
+        ) from None
+    text = _text(asked, name, index) + EXPERIMENTS["figfont"].instruction
+    return Question(name, index, text, _text(answer, name, index))
+
+
+def _text(value: Any, name: str, index: int) -> str:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{name}, row {index}: {textwrap.shorten(repr(value), 100)} must be a text."
+        )
+    return value
 
 
 def _first(row: Mapping[str, Any], columns: Sequence[str], name: str) -> Any:

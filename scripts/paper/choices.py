@@ -36,6 +36,9 @@ def taken_option(answer: str, options: Mapping[str, str]) -> str | None:
         if stated:
             return _read(_without_lead_in(plain[stated[-1].end() :]), options, more_may_follow=True)
     lines = plain.strip().splitlines() or [""]
+    alone = {line.strip(" ().:") for line in lines} - {""}
+    if len(alone) > 1 and alone <= {*options}:
+        return None
     # The question's options said again are no answer, but a line after them may be.
     listed = [line for line in lines if _is_listing(line, options)]
     if len(set(listed)) > 1:

@@ -94,7 +94,13 @@ def training_of(model: str, objective: str | None) -> dict[str, Any]:
     if objective is not None and objective not in choices:
         raise ValueError(f"--objective {objective!r} is none of {', '.join(choices)}.")
     if path.exists():
-        training: dict[str, Any] = json.loads(path.read_text())
+        try:
+            training: dict[str, Any] = json.loads(path.read_text())
+            known = training["objective"] in choices
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"{path} is not what train.py leaves: it has no objective of its own.")
         if objective not in (None, training["objective"]):
             raise ValueError(
                 f"--objective {objective!r} is not what {path} says: {training['objective']!r}."

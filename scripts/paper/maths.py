@@ -11,6 +11,8 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 # "4.5e33", which is 4.5 times Euler's number times 33 to a reader of LaTeX.
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)")
+# Boxes that the library does not see, as "\fbox{5}" and "\boxed {5}".
+_OTHER_BOX = re.compile(r"\\(?:(?:fbox|framebox)\s*|boxed\s+)\{")
 # `verify` rounds to six decimals, so that below this numbers would be equal that have three digits in common or none.
 _SMALL = 1e-3
 
@@ -24,6 +26,7 @@ def is_right(answer: str, reference: str) -> bool:
         reference: LaTeX or a number, with or without box or dollars; of a whole solution, its last box.
     """
     right = _parse(_reference_text(reference), boxed_match_priority=50)
+    answer = _OTHER_BOX.sub(r"\\boxed{", answer)
     # Alone, since boxes that stand close together are read as a set.
     said = _parse(answer[max(answer.rfind("\\boxed{"), 0) :], boxed_match_priority=0)
     if not verify(right, said):

@@ -21,16 +21,14 @@ import process_setup  # noqa: F401
 # isort: split
 import json
 import random
-import textwrap
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from data import FILE_TYPES
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 from report import console
 
+from deft_plugin.report.data import load_splits, split_of
 from paper.experiments import EXPERIMENTS, training_file
 
 # By experiment: the data set on the hub, and the columns of question and answer. A dot is a field of a column.
@@ -53,16 +51,7 @@ def load_rows(name: str) -> Dataset:
     Raises:
         ValueError: it cannot be loaded.
     """
-    kind = FILE_TYPES.get(Path(name).suffix)
-    try:
-        if kind:
-            return load_dataset(kind, data_files=name, split="train")
-        return load_dataset(name, split="train")
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(
-            f"--data {name!r} cannot be loaded: {textwrap.shorten(str(error), 300).rstrip('.')}. It takes a name on the "
-            f"hub, a folder or a file ({', '.join(FILE_TYPES)})."
-        ) from None
+    return split_of(load_splits(name), "train", name)
 
 
 def choose_columns(experiment: str, rows: Dataset) -> tuple[str, str]:
@@ -72,10 +61,11 @@ def choose_columns(experiment: str, rows: Dataset) -> tuple[str, str]:
         ValueError: the data has none of them; the message names what it has.
     """
     choices = COLUMNS[experiment]
-    row = rows[0] if len(rows) else {}
     for question, answer in choices:
-        if _field(row, question) is not None and _field(row, answer) is not None:
-            return question, answer
+        # Some rows may have no question or no answer; they are left out.
+        for row in rows.take(min(len(rows), 1000)):
+            if _field(row, question) is not None and _field(row, answer) is not None:
+                return question, answer
     known = "; or ".join(" and ".join(pair) for pair in choices)
     raise ValueError(
         f"The {experiment} data needs the columns {known}, and has {', '.join(rows.column_names) or 'no rows'}."

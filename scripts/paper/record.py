@@ -22,13 +22,15 @@ def start(path: Path, header: Header) -> list[Row]:
     Raises:
         ValueError: it has another header. The message says what differs, and what to do.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = _whole_lines(path.read_bytes()) if path.exists() else b""
-    if not whole:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ValueError(f"--output {path} is no file to write to: {error.strerror}.") from None
+    # A header that was cut short, and no other file of one line.
+    if _line(header).encode().startswith(content):
         path.write_text(_line(header), encoding="utf-8")
         return []
-    with path.open("r+b") as file:
-        file.truncate(len(whole))
     earlier, rows = read(path)
     # As the file has it: JSON makes lists of tuples.
     header = json.loads(_line(header))
@@ -42,6 +44,8 @@ def start(path: Path, header: Header) -> list[Row]:
             f"{path} has answers of another evaluation ({'; '.join(changed)}). Evaluate as then to go on with it, or "
             "take another --output, or delete it."
         )
+    with path.open("r+b") as file:
+        file.truncate(len(_whole_lines(content)))
     return rows
 
 
@@ -52,18 +56,20 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> tuple[Header, list[Row]]:
-    """The header and the rows.
+    """The header and the rows, the last of a question that is there twice, without a last line that was cut short.
 
     Raises:
         ValueError: it is no such file.
     """
     try:
-        header, *rows = (json.loads(line) for line in path.read_text("utf-8").splitlines())
-        if "suite" not in header:
+        text = _whole_lines(path.read_bytes()).decode()
+        header, *rows = (json.loads(line) for line in text.splitlines())
+        if not all(isinstance(line, dict) for line in (header, *rows)) or "suite" not in header:
             raise ValueError
-    except ValueError:
+    except (OSError, ValueError):
         raise ValueError(f"{path} is not a file of scripts/paper/evaluate.py.") from None
-    return header, rows
+    # Two evaluations may have written at once.
+    return header, [*{(row.get("benchmark"), row.get("index")): row for row in rows}.values()]
 
 
 def _line(content: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ import typer
 from benchmark_tables import write_csv
 
 from paper import record
+from paper.benchmarks import MATH
 from paper.experiments import BASE, EXPERIMENTS, OBJECTIVES, is_llama
 from paper.summary import AVERAGE, FIGURES, is_complete, summarise
 
@@ -53,6 +54,11 @@ def load(paths: list[Path], partial: bool) -> dict[tuple[str, str | None], list[
     found: dict[tuple[str, str | None], list[Evaluation]] = {}
     for path in paths:
         header, rows = record.read(path)
+        if header["suite"] not in EXPERIMENTS or header.get("objective") not in order:
+            raise ValueError(
+                f"{path} is of the suite {header['suite']!r} and the objective {header.get('objective')!r}. Choices: "
+                f"{', '.join(EXPERIMENTS)}; {', '.join(order)}."
+            )
         if not is_complete(header, rows) and not partial:
             raise ValueError(
                 f"{path} has {len(rows)} of {sum(header['questions'].values())} questions: evaluate.py with the same "
@@ -92,8 +98,12 @@ def lines(
 def notes(evaluations: list[Evaluation]) -> list[str]:
     """What a reader has to know of the rows: what is not the paper's, or not finished."""
     said = []
+    # The average is over the benchmarks that there are: over others it is another figure.
+    asked = list(dict.fromkeys(name for header, _ in evaluations for name in header["questions"]))
     for header, rows in evaluations:
         total = sum(header["questions"].values())
+        wanted = list(MATH) if header["suite"] == "math" else asked
+        left_out = [name for name in wanted if name not in header["questions"]]
         papers = EXPERIMENTS[header["suite"]]
         sampling = header["sampling"]
         remarks = [
@@ -110,6 +120,8 @@ def notes(evaluations: list[Evaluation]) -> list[str]:
             )
             if sampling[name] != value
         ]
+        if left_out:
+            remarks.append(f"average without {', '.join(left_out)}")
         if header["limit"] is not None:
             remarks.append(f"the first {header['limit']} questions of each benchmark")
         if len(rows) < total:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deft_plugin import build_objective
+from deft_plugin import Objective, TokenStatistics, build_objective, register_objective
+from deft_plugin.objectives import registry
 from deft_plugin.ops.reference import reference_token_loss
 from deft_plugin.ops.sums import StatisticsRequest
 from deft_plugin.report.analysis import (
@@ -130,7 +131,7 @@ def test_where_the_data_stands(logits: Tensor, targets: Tensor) -> None:
 
 @pytest.mark.parametrize(
     ("mean", "name"),
-    [(0.0, "weak"), (0.2, "weak"), (0.35, "intermediate"), (0.6, "intermediate"), (0.66, "strong"), (1.0, "strong")],
+    [(0.0, "weak"), (0.2, "weak"), (0.35, "intermediate"), (0.59, "intermediate"), (0.605, "strong"), (0.66, "strong"), (1.0, "strong")],
 )  # fmt: skip
 def test_the_nearest_of_the_papers_regimes(mean: float, name: str) -> None:
     assert regime_of(mean).name == f"{name} prior"
@@ -176,6 +177,27 @@ def test_unknown_objectives_are_answered_with_the_choices() -> None:
         check_objectives(["def"], "deft")
     with pytest.raises(ValueError, match=r"--objective 'def' is unknown\. Choices: .*deft"):
         check_objectives(["nll"], "def")
+
+
+def test_own_objectives(logits: Tensor, targets: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One without documentation, whose gates are 3; and one whose gate is no number."""
+    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
+
+    @register_objective("thrice")
+    class Thrice(Objective):
+        def loss(self, log_p: Tensor, statistics: TokenStatistics) -> Tensor:
+            return -3 * log_p
+
+    @register_objective("damaged")
+    class Damaged(Objective):
+        def loss(self, log_p: Tensor, statistics: TokenStatistics) -> Tensor:
+            return log_p * math.nan
+
+    table = table_of(logits, targets)
+    (effect,) = effects_of(table, gates_of(table, ["thrice"]))
+    assert (effect.description, effect.mean_gate, effect.closed_share) == ("", 3.0, 0.0)
+    with pytest.raises(ValueError, match=r"--objectives 'damaged': its gate is not finite at"):
+        gates_of(table, ["nll", "damaged"])
 
 
 def test_changes_between_two_checkpoints() -> None:

@@ -6,6 +6,7 @@ import csv
 import fnmatch
 import importlib.resources
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from deft_plugin import cli, report
+from deft_plugin.report import checkpoint
 from deft_plugin.report.analysis import DEFAULT_OBJECTIVES
 from deft_plugin.report.command import several_to_an_option
+from deft_plugin.report.report import Options
 from tests.tiny import tiny_model, tiny_tokenizer
 
 from .conftest import BASE_DATA, BASE_MODEL, ROOT, write_rows, write_run
@@ -262,7 +266,12 @@ def test_a_model_that_is_certain_of_everything(
         (["{model}", "--data", "{data}", "--run", "none"], "--run 'none' does not exist"),
         (["{model}", "--data", "{data}", "--compare", "{model}"], "--compare '{model}' has no trainer_state.json"),
         (["{model}", "--data", "{data}", "--chat-template", "no.jinja"], "--chat-template 'no.jinja'"),
+        (["{model}", "--data", "{data}", "--device", "meta"], "--device 'meta' cannot be used"),
+        (["{model}", "--data", "{data}", "--chat-template", "{model}/model.safetensors"], "--chat-template '{model}/model.safetensors': 'utf-8'"),
         (["{model}", "--data", "{data}", "--output", "{data}"], "--output '{data}' is no folder to write to"),
+        (["{model}", "--data", "empty.jsonl"], "--data 'empty.jsonl' has no rows"),
+        (["{model}", "--data", "zipped.jsonl"], "--data 'zipped.jsonl' cannot be loaded"),
+        (["{model}", "--data", "torn.jsonl"], "--data 'torn.jsonl' cannot be loaded: JSON parse error"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_in_one_line(
@@ -270,12 +279,95 @@ def test_what_does_not_fit_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "zipped.jsonl").write_bytes(b"\x1f\x8b\x08\x00")
+    (tmp_path / "torn.jsonl").write_text('{"text": "a"}\n{"text": ')
     names = {"model": str(model), "data": str(pairs), "base": str(BASE_MODEL)}
     status, errors = run(*(argument.format(**names) for argument in arguments))
     last = errors.strip().splitlines()[-1]
     assert status == 2
     assert last.startswith("deft report: ")
     assert message.format(**names) in last
+
+
+def test_the_output_is_looked_at_before_a_model_is_loaded(
+    model: Path, pairs: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.Placement, "load", None)
+    status, errors = run(model, "--data", pairs, "--output", pairs)
+    assert status == 2
+    assert "is no folder to write to" in errors
+
+
+def test_what_is_in_the_way_of_a_file_is_named(
+    model: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "out" / "tokens.csv").mkdir(parents=True)
+    status, errors = run(model, "--data", pairs, "--rows", 2, "--output", tmp_path / "out")
+    assert status == 2
+    assert "is no folder to write to" in errors
+    assert "tokens.csv" in errors
+
+
+def test_a_checkpoint_without_all_of_its_weights_is_refused(
+    model: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    """The rest would be random, and so the report."""
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = load_file(copy / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    status, errors = run(copy, "--data", pairs, "--output", tmp_path / "out")
+    assert status == 2
+    assert "lacks 1 of its weights (lm_head.weight), which would be random" in errors
+    (copy / "model.safetensors").write_bytes(b"torn")
+    status, errors = run(copy, "--data", pairs, "--output", tmp_path / "out")
+    assert status == 2
+    assert "cannot be loaded as a causal language model" in errors
+
+
+def test_an_adapter_of_virtual_tokens_is_refused(
+    model: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    """Its logits are not at the rows' positions."""
+    kind = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(tiny_model("llama"), kind).save_pretrained(tmp_path / "adapter")
+    status, errors = run(
+        model, "--data", pairs, "--after", tmp_path / "adapter", "--output", tmp_path / "out"
+    )
+    assert status == 2
+    assert "is no LoRA adapter but of the kind PROMPT_TUNING" in errors
+
+
+def test_an_adapter_of_another_model_is_told(
+    model: Path, adapter: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    config = adapter / "adapter_config.json"
+    for base, is_told in (
+        ("someone/else", True),
+        (f"elsewhere/{model.name}", False),
+        (None, False),
+    ):
+        settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
+        config.write_text(json.dumps(settings))
+        output = tmp_path / "out"
+        status, errors = run(model, "--data", pairs, "--after", adapter, "--rows", 2, "--objectives", "deft", "--output", output)  # fmt: skip
+        assert status == 0, errors
+        page = (output / "report.html").read_text(encoding="utf-8")
+        assert (f"was trained on {base}, as its adapter_config.json says" in page) == is_told
+    config.write_text("{")
+    status, errors = run(
+        model, "--data", pairs, "--rows", 2, "--after", adapter, "--output", output
+    )
+    assert status == 2
+    assert f"--after '{adapter}' is no adapter for" in errors
+
+
+@pytest.mark.parametrize("name", ["rows", "batch_size", "max_length"])
+def test_counts_are_checked_from_python_too(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{name} is -1; it must be at least"):
+        Options(tmp_path, **{name: -1})
 
 
 def test_a_run_of_trl_s_own_loss_has_no_course_to_draw(tmp_path: Path, run: Run) -> None:
@@ -311,6 +403,7 @@ def test_several_runs_to_one_option() -> None:
     assert several_to_an_option(given) == [
         "model", "--compare", "a", "--compare", "b", "--rows", "3", "--compare", "c", "--seed", "1",
     ]  # fmt: skip
+    assert several_to_an_option(["--compare=a", "b"]) == ["--compare=a", "--compare", "b"]
 
 
 def test_the_page_s_files_are_installed_with_the_package() -> None:

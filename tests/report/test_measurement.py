@@ -139,6 +139,9 @@ def test_a_damaged_model_and_unknown_tokens_are_refused() -> None:
     large = [Row(0, [5, 6], [IGNORED, VOCAB_SIZE + 3])]
     with pytest.raises(ValueError, match=r"token 131, outside the model's vocabulary \[0, 128\)"):
         measure(model, large)
+    # Of a prompt too: a tokenizer may have more tokens than the model.
+    with pytest.raises(ValueError, match=r"token 128, outside the model's vocabulary \[0, 128\)"):
+        measure(model, [Row(0, [VOCAB_SIZE, 6], [IGNORED, 6])])
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"logits are NaN at .* of .* tokens"):
         measure(model, rows)

@@ -25,6 +25,12 @@ FORMATS: dict[str, dict[str, Any]] = {
     },
     "text": {"text": "two and two are four"},
 }
+# What a chat template is given beside the messages.
+TOOL = {"type": "function", "function": {"name": "add", "description": "a sum", "parameters": {}}}
+WITH_TOOLS = (
+    "{{ tools | map(attribute='function') | map(attribute='name') | join }}{{ style }}:"
+    "{% for message in messages %}{{ message['content'] }};{% endfor %}"
+)
 
 
 def numbered(row: dict[str, Any], count: int = 5) -> list[dict[str, Any]]:
@@ -70,6 +76,57 @@ def test_rows_are_those_of_the_trainer(
     sample = prepare_rows(data, tokenizer, rows=99, max_length=max_length)
     assert [(row.input_ids, row.labels) for row in sample.rows] == expected
     assert sample.tokens == sum(label != IGNORED for _, labels in expected for label in labels[1:])
+
+
+def test_tools_and_arguments_of_the_template_are_the_trainer_s_too(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.chat_template = WITH_TOOLS
+    row = {"messages": ASK + TELL, "tools": [TOOL], "chat_template_kwargs": {"style": "terse"}}
+    raw = Dataset.from_list([row, {**row, "messages": ASK + TELL + MORE}])
+    expected = trained_on(raw, tokenizer, tmp_path)
+    named = raw.rename_column("messages", "talk")
+    for data in (in_trl_format(raw, "raw"), in_trl_format(named, "named", "talk")):
+        sample = prepare_rows(data, tokenizer, rows=9)
+        assert [(row.input_ids, row.labels) for row in sample.rows] == expected
+        assert tokenizer.decode(sample.rows[0].input_ids).startswith("addterse:")
+
+
+def test_images_are_not_left_out_without_a_word() -> None:
+    data = Dataset.from_list([{"messages": ASK + TELL, "images": ["a.png"]}])
+    with pytest.raises(ValueError, match=r"'mine' has the column images.*: --columns messages"):
+        in_trl_format(data, "mine")
+    assert in_trl_format(data, "mine", "messages").column_names == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}], "row 1: completion is None"),
+        ([{"prompt": 1, "completion": 2}], "row 0: prompt is 1"),
+        ([{"text": 2.5}], "row 0: text is 2.5"),
+        ([{"messages": None}, {"messages": ASK + TELL}], "row 0: messages is None"),
+        ([{"conversations": None}, FORMATS["conversations"]], "row 0: conversations is None"),
+        ([{"messages": "a text"}], "row 0: messages is 'a text'"),
+        ([{"messages": ["a", "b"]}], r"row 0: messages is \['a', 'b'\]"),
+        ([{"text": ["a"]}], r"row 0: text is \['a'\]"),
+        ([{"prompt": "a", "completion": TELL}], "prompt and completion"),
+        ([{"messages": []}, {"messages": ASK + TELL}], "cannot be prepared by TRL: list index out of range"),
+    ],
+)  # fmt: skip
+def test_what_is_neither_text_nor_messages_is_named_with_its_row(
+    rows: list[dict[str, Any]], message: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(ValueError, match=f"--data 'mine'[,:]? {message}"):
+        prepare_rows(in_trl_format(Dataset.from_list(rows), "mine"), tokenizer, rows=9, name="mine")
+
+
+@pytest.mark.parametrize("columns", ["q,a", " q , a "])
+def test_columns_may_have_spaces_between(columns: str) -> None:
+    data = Dataset.from_list([{"q": "1", "a": "2", "b": "3"}])
+    assert in_trl_format(data, "mine", columns).to_list() == [{"prompt": "1", "completion": "2"}]
+    with pytest.raises(ValueError, match="--columns 'q,q' must be one or two of"):
+        in_trl_format(data, "mine", "q,q")
 
 
 def test_only_the_assistant_s_words_count_where_the_trainer_is_told_so(

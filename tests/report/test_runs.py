@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,21 @@ def write_log(folder: Path, entries: list[dict[str, Any]], loss_type: str | None
     return str(folder)
 
 
+def test_several_evaluation_sets_have_figures_and_no_losses(tmp_path: Path) -> None:
+    metrics = {"nll": 1.0, "loss": 2.0, "objective_loss": 3.0, "runtime": 4.0, "accuracy": 0.5}
+    entry = {f"eval_{part}_{name}": metrics[name] for part in ("a", "b") for name in metrics}
+    run = load_run(write_log(tmp_path / "run", [{"step": 1, **entry}], None))
+    assert run.task == {f"{part}_{name}": metrics[name] for part in ("a", "b") for name in ("nll", "accuracy")}  # fmt: skip
+
+
+def test_the_best_is_the_best_of_the_numbers(tmp_path: Path) -> None:
+    entries = [{"step": n, "eval_nll": nll} for n, nll in enumerate((math.nan, 2.0, 3.0, math.nan))]
+    line = figures_of(load_run(write_log(tmp_path / "run", entries, None)))
+    assert line.nll_best == 2.0
+    assert line.nll_last is not None
+    assert math.isnan(line.nll_last)
+
+
 def test_trl_s_own_nll_is_logged_as_a_loss(tmp_path: Path) -> None:
     """And only where the objective is known to be nll is it one."""
     entries = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}]
@@ -78,6 +94,8 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "else.json").write_text("{}")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "steps.json").write_text('{"log_history": [], "global_step": [1]}')
     for name, message in (
         ("none", "does not exist. Choices: a run's folder, or a trainer_state.json"),
         ("empty", "has no trainer_state.json.*It has: nothing"),
@@ -85,6 +103,8 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path: Path) -> None:
         ("broken.json", "cannot be read as JSON"),
         ("list.json", "is no list.json of a trainer's"),
         ("else.json", "no log_history"),
+        ("deep.json", "cannot be read as JSON"),
+        ("steps.json", r"global_step is \[1\]; it must be a whole number"),
     ):
         with pytest.raises(ValueError, match=f"--compare .*{name}.*{message}"):
             load_run(str(tmp_path / name))

@@ -128,6 +128,11 @@ def test_texts_with_separators_of_lines_stay_whole(tmp_path: Path) -> None:
          "x, row 0: options must be an object of texts by letter"),
         ("medical", "x", [{"question": "?", "options": {"A": "1"}, "answer_idx": "B"}], [], "and 'B'."),
         ("figfont", "", [{"text": "?"}], [], "figfont needs the column messages, and has text."),
+        ("figfont", "", [{"messages": "?"}], [], "figfont, row 0: messages must be a list of roles and contents; not '?'"),
+        ("figfont", "", [{"messages": [{"role": "user"}]}], [], "figfont, row 0: messages must be a list of roles"),
+        ("math", "aime24", [{"problem": 1, "answer": 2}], [], "aime24, row 0: 1 must be a text."),
+        ("medical", "x", [{"question": 1, "options": {"A": "1"}, "answer_idx": "A"}], [], "x, row 0: 1 must be a text."),
+        ("medical", "x", [{"question": "?", "options": {"A": "1"}, "answer_idx": ["A"]}], [], "and ['A']."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(
@@ -136,6 +141,16 @@ def test_what_is_wrong_is_named(
     file = write(tmp_path / "a.jsonl", content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_questions(suite, {name: file}, chosen, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("5", "neither rows nor an object of them, but 5"), ('{"x": 5}', "x has no rows, but 5")],
+)
+def test_files_of_something_else(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_questions("medical", {"": tmp_path / "a.json"}, [], None)
 
 
 def test_files_that_are_no_json_and_hubs_out_of_reach_are_named(

@@ -81,7 +81,7 @@ def test_texts_that_begin_like_letters(answer: str, letter: str | None) -> None:
         "The answer is Paracetamol.", r"The answer is B, or rather \boxed{Paracetamol}", "Answer:", "The answer is",
         # The question's options once more.
         "\n".join(f"{letter}. {text}" for letter, text in OPTIONS.items()),
-        "A) Aspirin\nB) Iron deficiency anemia",
+        "A) Aspirin\nB) Iron deficiency anemia", "A\nB\nC\nD\nE", "(A)\n(B)",
         "C'est la vie", "Answer: C'est la vie",
     ],
 )  # fmt: skip

@@ -201,6 +201,13 @@ def test_a_wrong_option_is_named_in_one_line_before_the_model_is_loaded(
     assert message in result.output.splitlines()[-1]
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"objective": "mine"}'])
+def test_a_record_of_something_else_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment.json").write_text(content)
+    with pytest.raises(ValueError, match=r"experiment\.json is not what train\.py leaves"):
+        evaluate.training_of(str(tmp_path), None)
+
+
 def test_a_question_has_a_seed_of_its_own() -> None:
     questions = [Question(b, n, "", "") for b in ("aime24", "amc23") for n in range(100)]
     seeds = {seed_of(seed, question) for seed in (0, 1) for question in questions}

@@ -57,6 +57,9 @@ def test_math_verify_does_what_its_documentation_says() -> None:
         ("First \\boxed{4}. No: \\boxed{5}.", "5", True),
         ("First \\boxed{5}. No: \\boxed{4}.", "5", False),
         ("\\boxed{5}, since 2 + 3 is not 6.", "5", True),
+        ("\\boxed {5}", "5", True),
+        ("\\fbox{5}, since 2 + 3 is not 6.", "5", True),
+        ("First \\boxed{4}. No: \\framebox {5}.", "5", True),
         # A reference may be a whole solution, as in Minerva, or be in dollars, as in OlympiadBench.
         ("\\boxed{1.6}", "of $\\boxed{2}$ \\[ s=\\boxed{1.6} \\mathrm{~cm} \\]", True),
         ("\\boxed{2}", "$2$", True),

@@ -158,3 +158,20 @@ def test_an_interruption_leaves_no_half_file(tmp_path: Path) -> None:
     assert not path.exists()
     assert prepare.write_lines(path, iter([{"a": "é"}])) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+def test_an_empty_file_and_a_damaged_one_are_told(tmp_path: Path) -> None:
+    for content, message in (("", "has no rows"), ('{"problem": ', "JSON parse error")):
+        (tmp_path / "rows.jsonl").write_text(content)
+        result = run("math", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path))
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("│", "").split())
+
+
+def test_a_first_row_without_an_answer_is_left_out_as_others_are(tmp_path: Path) -> None:
+    rows = numina(3)
+    rows[0]["problem"] = rows[0]["solution"] = None
+    data = write(tmp_path / "rows.jsonl", rows)
+    result = run("math", "--data", data, "--rows", "0", "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert len(lines(tmp_path / "train.jsonl")) == 2

@@ -44,6 +44,27 @@ def test_a_header_that_was_cut_short_is_written_anew(tmp_path: Path) -> None:
     assert record.read(path)[1] == []
 
 
+def test_a_file_that_is_being_written_can_be_read(tmp_path: Path) -> None:
+    """Without a last line that is not whole, and with the last of a question that is there twice."""
+    path = tmp_path / "a.jsonl"
+    record.start(path, HEADER)
+    record.append(path, [*ROWS, {**ROWS[1], "answers": []}])
+    with path.open("a") as file:
+        file.write('{"index": 3, "answ')
+    assert record.read(path)[1] == [ROWS[0], {**ROWS[1], "answers": []}, ROWS[2]]
+
+
+@pytest.mark.parametrize("content", ["mine", "mine\nand mine", '{"suite": "math"}\n{"index": 0'])
+def test_a_file_that_is_refused_keeps_its_last_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl"):
+        record.start(path, HEADER)
+    assert path.read_text() == content
+    with pytest.raises(ValueError, match="is no file to write to: Is a directory"):
+        record.start(tmp_path, HEADER)
+
+
 def test_another_evaluations_file_is_refused_and_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     record.start(path, HEADER)
@@ -56,7 +77,19 @@ def test_another_evaluations_file_is_refused_and_stays(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "text", '{"a": 1}\n', "[1]\n", '{"suite": "math"}\n{\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "text",
+        '{"a": 1}\n',
+        "[1]\n",
+        "5\n",
+        '"suite"\n',
+        '{"suite": "math"}\n{\n',
+        '{"suite": "math"}\n5\n',
+    ],
+)
 def test_another_file_is_not_read(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)

