@@ -119,6 +119,8 @@ def perform(run: Run, scale: Scale) -> dict[str, float | str]:
     start = time.process_time()
     name = str(get_real_model()) if scale.model == NAME else scale.model
     tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=torch.bfloat16 if scale.lora else torch.float32,

@@ -29,6 +29,7 @@ KEY = ("data", "corrupted", "objective", "learning_rate", "seed", "split")
 BASE = "base"
 # Both names of one gradient.
 NAMES = {"p": "p, dft"}
+ORDER = ("nll", "p, dft", "eaft", "cayley", "cayley_trans", "deft")
 SUMMARY = ("nll", "p, dft", "cayley_trans", "deft")
 
 Line = Mapping[str, str]
@@ -115,7 +116,7 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 
 
 def read_cases(path: Path) -> list[Case]:
-    """The cases of a results file that have been run on the test split, in the file's order."""
+    """The cases of a results file that have been run on the test split, in the file's order, objectives in `ORDER`."""
     lines = [line for line in read_lines(path) if line["split"] == "test"]
     before = {line["data"]: line for line in lines if line["objective"] == BASE}
     cases: dict[tuple[str, float], Case] = {}
@@ -126,6 +127,10 @@ def read_cases(path: Path) -> list[Case]:
         case = cases.setdefault(key, Case(*key, before[key[0]], {}))
         name = NAMES.get(line["objective"], line["objective"])
         case.after.setdefault(name, []).append(line)
+    for case in cases.values():
+        ordered = sorted(case.after.items(), key=lambda item: ORDER.index(item[0]))
+        case.after.clear()
+        case.after.update(ordered)
     return list(cases.values())
 
 
@@ -200,7 +205,7 @@ def rates_table(path: Path) -> str:
         parts.append("|---|" + "---|" * len(rates))
         parts += [
             f"| `{name}` | " + " | ".join(by_rate.get(rate, "") for rate in rates) + " |"
-            for name, by_rate in by_objective.items()
+            for name, by_rate in sorted(by_objective.items(), key=lambda item: ORDER.index(item[0]))
         ]
         parts.append("")
     return "\n".join(parts)
@@ -221,9 +226,8 @@ def plot(cases: Sequence[Case], path: Path) -> None:
         "other_nll": ("nll of the rest minus nll's", 1.0),
     }
     objectives = list(dict.fromkeys(name for case in cases for name in case.after if name != "nll"))
-    colours = dict(
-        zip(objectives, plt.get_cmap("cividis")([0.0, 0.25, 0.5, 0.75, 1.0]), strict=False)
-    )
+    steps = (index / max(len(objectives) - 1, 1) for index in range(len(objectives)))
+    colours = dict(zip(objectives, map(plt.get_cmap("cividis"), steps), strict=True))
     figure, axes = plt.subplots(
         1, len(columns), sharey=True, figsize=(11, 1.2 + 0.7 * len(cases)), layout="constrained"
     )

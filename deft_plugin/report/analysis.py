@@ -320,9 +320,11 @@ def check_objectives(names: Sequence[str], shown: str) -> list[str]:
     """The objectives to look at, the one that texts are shaded by among them, each once.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or none.
     """
     known = objective_names()
+    if not names:
+        raise ValueError(f"--objectives names none. Choices: {', '.join(known)}.")
     for option, name in [*(("--objectives", name) for name in names), ("--objective", shown)]:
         if name not in known:
             raise ValueError(f"{option} {name!r} is unknown. Choices: {', '.join(known)}.")

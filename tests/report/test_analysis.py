@@ -177,6 +177,8 @@ def test_unknown_objectives_are_answered_with_the_choices() -> None:
         check_objectives(["def"], "deft")
     with pytest.raises(ValueError, match=r"--objective 'def' is unknown\. Choices: .*deft"):
         check_objectives(["nll"], "def")
+    with pytest.raises(ValueError, match=r"--objectives names none\. Choices: .*deft"):
+        check_objectives([], "deft")
 
 
 def test_own_objectives(logits: Tensor, targets: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
