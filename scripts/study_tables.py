@@ -30,6 +30,14 @@ BASE = "base"
 # Both names of one gradient.
 NAMES = {"p": "p, dft"}
 ORDER = ("nll", "p, dft", "eaft", "cayley", "cayley_trans", "deft")
+# As in docs/gates.png, which can be told apart without red and green.
+COLOURS = {
+    "p, dft": "#e69f00",
+    "eaft": "#a8488f",
+    "cayley": "#009e73",
+    "cayley_trans": "#d55e00",
+    "deft": "#3d94d6",
+}
 SUMMARY = ("nll", "p, dft", "cayley_trans", "deft")
 
 Line = Mapping[str, str]
@@ -226,8 +234,6 @@ def plot(cases: Sequence[Case], path: Path) -> None:
         "other_nll": ("nll of the rest minus nll's", 1.0),
     }
     objectives = list(dict.fromkeys(name for case in cases for name in case.after if name != "nll"))
-    steps = (index / max(len(objectives) - 1, 1) for index in range(len(objectives)))
-    colours = dict(zip(objectives, map(plt.get_cmap("cividis"), steps), strict=True))
     figure, axes = plt.subplots(
         1, len(columns), sharey=True, figsize=(11, 1.2 + 0.7 * len(cases)), layout="constrained"
     )
@@ -242,7 +248,7 @@ def plot(cases: Sequence[Case], path: Path) -> None:
                     factor * difference.mean,
                     position + 0.14 * (step - (len(objectives) - 1) / 2),
                     xerr=factor * difference.half_width,
-                    color=colours[objective],
+                    color=COLOURS[objective],
                     marker="o",
                     markersize=4,
                     capsize=2,
