@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deft_plugin.report.measurement import statistics_of_logits
+
 
 @dataclass(frozen=True)
 class AnswerTokens:
@@ -64,8 +66,16 @@ def answer_tokens(
         ).logits[:, :-1]
         for row, length in enumerate(answer_lengths):
             targets = torch.tensor(ids[row][-length:], device=logits.device)
-            values = _statistics(logits[row, kept - length :].float(), targets)
-            found.append((torch.full((length,), indices[row]), *values))
+            tokens = statistics_of_logits(logits[row, kept - length :], targets)
+            values = (
+                tokens.statistics.log_p,
+                tokens.statistics.collision,
+                tokens.statistics.entropy,
+                tokens.choice_p,
+                # Not `is_top1`, for which a tie is a hit: a greedy answer has one token.
+                tokens.choice == targets,
+            )
+            found.append((torch.full((length,), indices[row]), *(value.cpu() for value in values)))
     row, *values = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = row.argsort(stable=True)
     return AnswerTokens(row[order], *(value[order] for value in values))
@@ -76,21 +86,6 @@ def exact_answers(tokens: AnswerTokens) -> float:
     rows = int(tokens.row.max()) + 1
     misses = torch.zeros(rows).scatter_add(0, tokens.row, (~tokens.is_top1).float())
     return (misses == 0).double().mean().item()
-
-
-def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    log_p = logits.log_softmax(1)
-    top_p, choice = log_p.max(1)
-    return tuple(
-        value.cpu()
-        for value in (
-            log_p.gather(1, targets[:, None]).squeeze(1),
-            (2 * log_p).logsumexp(1).exp(),
-            torch.special.entr(log_p.exp()).sum(1),
-            top_p.exp(),
-            choice == targets,
-        )
-    )
 
 
 def _batches(

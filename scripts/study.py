@@ -18,72 +18,32 @@ from __future__ import annotations
 import process_setup  # noqa: F401
 
 # isort: split
-import csv
 import math
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from real_data import DATA_SETS, get_real_data
 from real_model import NAME, get_real_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from study_data import HELD_OUT
-from study_run import BASE, ON_GPU, SCALES, Run, Scale, perform, quieten
-from study_tables import read_lines, write_page
+from study_results import BASE, Results, Run, append_result, read_results
+from study_run import ON_GPU, SCALES, Scale, perform, quieten
+from study_tables import write_page
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "study"
-# The first data set of a scale is the one that it does well before training.
+# By data set; others are clean alone.
 CORRUPTED = {"string_insertion": (0.0, 0.1, 0.2, 0.4), "medmcqa": (0.0, 0.4), "asdiv": (0.0, 0.4)}
 GRID_SEED = 0
 
 console = Console()
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Results = dict[Run, dict[str, str]]
-
-
-def read_results(path: Path) -> Results:
-    """The results file's lines, by run. A last line that was cut short is taken off the file.
-
-    Raises:
-        typer.BadParameter: it is another file.
-    """
-    if not path.exists():
-        return {}
-    types = {field.name: {"float": float, "int": int}.get(field.type, str) for field in fields(Run)}
-    try:
-        results = {
-            Run(**{name: cast(line[name]) for name, cast in types.items()}): line
-            for line in read_lines(path)
-        }
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(
-            f"--output: {path} is there and is no results file of a study: {error}"
-        ) from None
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return results
-
-
-def append_result(path: Path, run: Run, figures: dict[str, Any]) -> None:
-    """Add a line, and the header where it is the first."""
-    line = asdict(run) | {
-        name: f"{value:.6g}" if isinstance(value, float) else value
-        for name, value in figures.items()
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(line))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(line)
 
 
 def all_runs(
@@ -250,7 +210,8 @@ def _start(
         if scale.model == NAME:
             get_real_model()
         for each in data or scale.data:
-            scale.data[each].load()
+            if each in DATA_SETS:
+                get_real_data(each)
     except RuntimeError as error:
         raise typer.BadParameter(" ".join(str(error).split())) from None
     run_study(path, scale, data or list(scale.data), seeds, workers)

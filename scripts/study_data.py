@@ -109,7 +109,7 @@ def another_option(row: Row, other: Row) -> str:
 def _task(name: str) -> Splits:
     task = {**PRETRAINING_TASKS, **FINE_TUNING_TASKS}[name]
     splits = make_splits(task, 4096, sum(HELD_OUT.values()), DATA_SEED)
-    held_out, train = ([_row(row) for row in splits[name]] for name in ("held_out", "train"))
+    held_out, train = ([row_of(row) for row in splits[name]] for name in ("held_out", "train"))
     count = HELD_OUT["validation"]
     return {"train": train, "validation": held_out[:count], "test": held_out[count:]}
 
@@ -143,11 +143,12 @@ def _file(name: str) -> Splits:
 
 
 def _read(path: Path) -> list[Row]:
-    rows = [_row(json.loads(line)) for line in path.read_text().splitlines()]
+    rows = [row_of(json.loads(line)) for line in path.read_text().splitlines()]
     return [row for row in rows if len(row.question) <= LONGEST_TEXT]
 
 
-def _row(row: Mapping[str, Any]) -> Row:
+def row_of(row: Mapping[str, Any]) -> Row:
+    """A row of TRL's format, with one message each as prompt and completion."""
     return Row(row["prompt"][0]["content"], row["completion"][0]["content"])
 
 

@@ -17,8 +17,9 @@ from answer_tokens import answer_tokens
 from datasets import Dataset
 from peft import LoraConfig
 from real_model import NAME, get_real_model
-from study_data import DATA_SEED, REAL, SMALL, Row, StudyData, training_rows
+from study_data import DATA_SEED, REAL, SMALL, Row, StudyData, row_of, training_rows
 from study_measure import held_out_figures, text_nll
+from study_results import BASE, Run
 from tasks import PRETRAINING_TASKS, make_splits
 from transformers import (
     AutoModelForCausalLM,
@@ -33,8 +34,6 @@ from deft_plugin.trl import SFTConfig, SFTTrainer
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 ON_GPU = torch.cuda.is_available()
-# The "objective" of the model before training.
-BASE = "base"
 # TRL's own nll projects the prompts' positions too, which is most of the time where answers are short.
 LOSSES = {"nll": {"loss_type": "alpha", "loss_kwargs": {"a": 0}}}
 LORA_RANK = 16
@@ -91,27 +90,6 @@ SCALES = {
         packed_length=256,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What makes a run the run it is.
-
-    Attributes:
-        data: the data set's name.
-        corrupted: share of the training rows that have wrong answers.
-        objective: a `loss_type`, "nll" being computed as the others are, or `BASE`, which trains nothing.
-        learning_rate: peak, after a tenth of the steps; then cosine to 0.
-        seed: draws the training rows, which of them are corrupted, their order, and an adapter's beginning.
-        split: "validation" for the choice of the learning rate, or "test".
-    """
-
-    data: str
-    corrupted: float
-    objective: str
-    learning_rate: float
-    seed: int
-    split: str
 
 
 def perform(run: Run, scale: Scale) -> dict[str, float | str]:
@@ -217,10 +195,7 @@ def forgetting(
 @cache
 def _other_tasks() -> dict[str, list[Row]]:
     return {
-        name: [
-            Row(row["prompt"][0]["content"], row["completion"][0]["content"])
-            for row in make_splits(task, 1, 24, DATA_SEED)["held_out"]
-        ]
+        name: [row_of(row) for row in make_splits(task, 1, 24, DATA_SEED)["held_out"]]
         for name, task in PRETRAINING_TASKS.items()
     }
 

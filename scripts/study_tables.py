@@ -6,27 +6,24 @@ in them is written by hand: "small" and "real" with all figures, "summary" with 
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy import stats
+from study_results import BASE, read_lines
 
 DOCS = Path(__file__).resolve().parent.parent
 PAGES = ("docs/study.md", "docs/which-objective.md", "README.md")
 SCALES = ("small", "real")
-# The columns that make a run the run it is.
-KEY = ("data", "corrupted", "objective", "learning_rate", "seed", "split")
-BASE = "base"
 # Both names of one gradient.
 NAMES = {"p": "p, dft"}
 ORDER = ("nll", "p, dft", "eaft", "cayley", "cayley_trans", "deft")
@@ -41,6 +38,7 @@ COLOURS = {
 SUMMARY = ("nll", "p, dft", "cayley_trans", "deft")
 
 Line = Mapping[str, str]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Case:
     @property
     def title(self) -> str:
         """The data set, and how much of it is corrupted."""
-        return self.data + (f", {self.corrupted:.0%} corrupted" if self.corrupted else "")
+        return _title(self.data, self.corrupted)
 
     def estimate(self, objective: str, column: str) -> Estimate:
         """Of a column, over seeds."""
@@ -103,43 +101,20 @@ class Case:
         return Estimate.of([columns[0][seed] - columns[1][seed] for seed in seeds])
 
 
-def read_lines(path: Path) -> list[dict[str, str]]:
-    """A results file's lines, the last one of a run that is there twice; without a last line that a kill has cut short.
-
-    Raises:
-        ValueError: it is another file, or a line in it is damaged.
-    """
-    with path.open(newline="") as file:
-        content = file.read()
-    whole = content[: content.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(whole, newline=""))
-    if content and not {*KEY} <= {*(reader.fieldnames or ())}:
-        raise ValueError(f"its first line does not have {', '.join(KEY)}.")
-    lines = {}
-    for line in reader:
-        if None in line or None in line.values():
-            raise ValueError(f"line {reader.line_num} has not as many columns as the first.")
-        lines[tuple(line[name] for name in KEY)] = line
-    return list(lines.values())
-
-
 def read_cases(path: Path) -> list[Case]:
     """The cases of a results file that have been run on the test split, in the file's order, objectives in `ORDER`."""
     lines = [line for line in read_lines(path) if line["split"] == "test"]
     before = {line["data"]: line for line in lines if line["objective"] == BASE}
-    cases: dict[tuple[str, float], Case] = {}
+    after: dict[tuple[str, float], dict[str, list[Line]]] = {}
     for line in lines:
         if line["objective"] == BASE:
             continue
-        key = line["data"], float(line["corrupted"])
-        case = cases.setdefault(key, Case(*key, before[key[0]], {}))
-        name = NAMES.get(line["objective"], line["objective"])
-        case.after.setdefault(name, []).append(line)
-    for case in cases.values():
-        ordered = sorted(case.after.items(), key=lambda item: ORDER.index(item[0]))
-        case.after.clear()
-        case.after.update(ordered)
-    return list(cases.values())
+        by_objective = after.setdefault((line["data"], float(line["corrupted"])), {})
+        by_objective.setdefault(_shown(line["objective"]), []).append(line)
+    return [
+        Case(data, corrupted, before[data], _ordered(by_objective))
+        for (data, corrupted), by_objective in after.items()
+    ]
 
 
 def full_table(cases: Iterable[Case]) -> str:
@@ -202,21 +177,34 @@ def rates_table(path: Path) -> str:
     scores: dict[tuple[str, float], dict[str, dict[float, str]]] = {}
     for line in lines:
         case = scores.setdefault((line["data"], float(line["corrupted"])), {})
-        objective = NAMES.get(line["objective"], line["objective"])
+        objective = _shown(line["objective"])
         rate = float(line["learning_rate"])
         case.setdefault(objective, {})[rate] = f"{100 * float(line['score']):.1f}"
     parts = []
     for (data, corrupted), by_objective in scores.items():
         rates = sorted({rate for by_rate in by_objective.values() for rate in by_rate})
-        title = data + (f", {corrupted:.0%} corrupted" if corrupted else "")
-        parts.append(f"| {title} | " + " | ".join(f"{rate:.0e}" for rate in rates) + " |")
+        parts.append(
+            f"| {_title(data, corrupted)} | " + " | ".join(f"{rate:.0e}" for rate in rates) + " |"
+        )
         parts.append("|---|" + "---|" * len(rates))
         parts += [
             f"| `{name}` | " + " | ".join(by_rate.get(rate, "") for rate in rates) + " |"
-            for name, by_rate in sorted(by_objective.items(), key=lambda item: ORDER.index(item[0]))
+            for name, by_rate in _ordered(by_objective).items()
         ]
         parts.append("")
     return "\n".join(parts)
+
+
+def _title(data: str, corrupted: float) -> str:
+    return data + (f", {corrupted:.0%} corrupted" if corrupted else "")
+
+
+def _shown(objective: str) -> str:
+    return NAMES.get(objective, objective)
+
+
+def _ordered(by_objective: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: by_objective[name] for name in sorted(by_objective, key=ORDER.index)}
 
 
 def _difference(difference: Estimate | None) -> str:

@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 study = pytest.importorskip("study", reason="needs the extra `scripts`")
 import study_data  # noqa: E402
 import study_measure  # noqa: E402
+import study_results  # noqa: E402
 import study_run  # noqa: E402
 import study_tables  # noqa: E402
 from answer_tokens import answer_tokens, exact_answers  # noqa: E402
 from study_data import Row, StudyData  # noqa: E402
-from study_run import BASE, Run, Scale  # noqa: E402
+from study_results import BASE, Run  # noqa: E402
+from study_run import Scale  # noqa: E402
 from tasks import greedy_answers  # noqa: E402
 
 ROWS = [Row(f"Spell this word backward: {word}", word[::-1]) for word in ("stone", "at", "rivers")]
@@ -116,7 +118,7 @@ def test_a_line_that_a_kill_has_cut_short_is_run_again(cut: int, tmp_path: Path)
     for run in runs[:2]:
         study.append_result(path, run, FIGURES)
     path.write_bytes(path.read_bytes()[:-cut])
-    assert [line["seed"] for line in study_tables.read_lines(path)] == ["1"]
+    assert [line["seed"] for line in study_results.read_lines(path)] == ["1"]
     assert list(study.read_results(path)) == runs[:1]
     for run in runs[1:]:
         study.append_result(path, run, FIGURES)
@@ -136,7 +138,7 @@ def test_a_run_that_is_there_twice_counts_once(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     for score in (0.25, 0.75):
         study.append_result(path, Run("tiny", 0.0, "nll", 1e-3, 1, "test"), {"score": score})
-    assert [line["score"] for line in study_tables.read_lines(path)] == ["0.75"]
+    assert [line["score"] for line in study_results.read_lines(path)] == ["0.75"]
 
 
 @pytest.mark.parametrize("content", ["one line", "a,b\n1,2\n", "\0\udcff"])
