@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from adapter import in_float32, lora_config
 from answer_tokens import answer_tokens
 from datasets import Dataset
-from peft import LoraConfig
 from real_model import NAME, get_real_model
 from study_data import DATA_SEED, REAL, SMALL, Row, StudyData, row_of, training_rows
 from study_measure import held_out_figures, text_nll
@@ -158,19 +158,10 @@ def train(
             ),
             train_dataset=Dataset.from_list([row.messages for row in rows]),
             processing_class=tokenizer,
-            peft_config=LoraConfig(
-                r=LORA_RANK,
-                lora_alpha=2 * LORA_RANK,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            )
-            if scale.lora
-            else None,
+            peft_config=lora_config(LORA_RANK) if scale.lora else None,
         )
         trainer.remove_callback(PrinterCallback)
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        in_float32(trainer.model)
         trainer.train()
     trained: PreTrainedModel = trainer.accelerator.unwrap_model(
         trainer.model, keep_fp32_wrapper=False

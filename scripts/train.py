@@ -20,7 +20,6 @@ import process_setup  # noqa: F401
 import gc
 import json
 import shutil
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,11 @@ from typing import Any, TypeAlias
 
 import torch
 import typer
+from adapter import in_float32, lora_config
 from answer_tokens import answer_tokens, exact_answers
 from data import load_data
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from plot_metrics import plot_metrics
 from real_data import DATA_SETS
 from real_model import NAME as REAL_MODEL
@@ -40,7 +40,6 @@ from report import ConsoleLog, answers_table, console, results_table
 from tasks import FINE_TUNING_TASKS, evaluate, greedy_answers
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,6 +49,7 @@ from transformers import (
 
 from deft_plugin.metrics import METRICS
 from deft_plugin.quantization import keep_cpu_weights_unpacked
+from deft_plugin.report.checkpoint import load_tokenizer as load_models_tokenizer
 from deft_plugin.trl import SFTConfig, SFTTrainer
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
@@ -86,18 +86,10 @@ class HeldOut:
 
 def load_tokenizer(name: str, chat_template: Path | None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token and a chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--model {name!r} is neither a model's folder nor a model on the hub: "
-            f"{textwrap.shorten(str(error), 200)}"
-        ) from None
+    tokenizer = load_models_tokenizer(name, chat_template, option="--model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text()
-    elif tokenizer.chat_template is None:
+    if tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -272,17 +264,11 @@ def main(
         train_dataset=data["train"],
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora_config(rank),
         callbacks=[log := ConsoleLog()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-    for parameter in trainable:
-        # TRL rounds the adapters of a 4-bit model to bf16, where the small steps of a schedule's end are
-        # lost, and an adapter that is loaded again computes in float32.
-        parameter.data = parameter.data.float()
+    trainable = in_float32(trainer.model)
     console.print(
         f"{Path(model).name}{' in 4 bit' if four_bit else ''}, LoRA with "
         f"{sum(p.numel() for p in trainable):,} parameters, {len(data['train'])} training and "
