@@ -229,7 +229,9 @@ def test_a_model_that_is_certain_of_everything(
         logits = torch.full((len(found), 128), -torch.inf)
         logits[torch.arange(len(found)), found.target] = 0.0
         tokens = statistics_of_logits(logits, found.target, options["top_ks"])
-        return type(found)(found.row, found.position, found.target, **vars(tokens))
+        return type(found)(
+            row=found.row, position=found.position, target=found.target, **vars(tokens)
+        )
 
     real = module.measure
     with pytest.MonkeyPatch.context() as patch:
