@@ -82,7 +82,7 @@ def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _check_has_none(model: PreTrainedModel) -> None:
-    present = gated_head_of(model)
+    present = replacement_on(model)
     if present is not None:
         raise ValueError(
             f"The model has a gated head with {present.objective!r} already. Set its `objective`, or "

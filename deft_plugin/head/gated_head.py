@@ -60,52 +60,6 @@ class GatedHead(ReplacedForward):
         self._has_warned = False
         self._compares_later = False
 
-    @contextmanager
-    def observed_by(self, observer: Callable[[GatedLoss], None]) -> Iterator[None]:
-        """Call `observer` with the `GatedLoss` of every gated forward in this context."""
-        previous, self._observer = self._observer, observer
-        try:
-            yield
-        finally:
-            self._observer = previous
-            self._was_observed = True
-
-    def compare_with_own_forward(self) -> None:
-        """Run the model on eight tokens and compare what its own forward does with what the head takes it for.
-
-        Where parameters are in parts (ZeRO-3, sharded), that is done in the first gated forward, in which they are
-        gathered. Where they are on meta, or the forward wants more than tokens, the first gated forward does
-        the same with its own batch.
-
-        Raises:
-            ValueError: its logits or losses are not the head's; a NaN in its lm_head.
-        """
-        if any(parameter.is_meta for parameter in self.model.parameters()):
-            return
-        if has_weights_in_parts(self.model):
-            self._compares_later = True
-            return
-        check_finite(self.model)
-        self._compare(self.model)
-
-    def _compare(self, model: PreTrainedModel) -> None:
-        forward, gated_forward = (
-            self._own_forward_of(model),
-            functools.partial(self._gated_forward, model),
-        )
-        with (
-            # An objective may need the optimizer step's mean, which is not known yet.
-            attribute_of(self, "objective", build_objective("nll")),
-            attribute_of(self, "_observer", None),
-            attribute_of(self, "settings", self._settings_of_comparison()),
-        ):
-            compare_on_tokens(model, forward, gated_forward, self.own_forward)
-
-    def _settings_of_comparison(self) -> CoreSettings:
-        """The settings; "quack" is left to the first step where it may depend on that step's autocast."""
-        later = self.settings.path == "quack" and self.model.dtype != torch.bfloat16
-        return replace(self.settings, path="auto") if later else self.settings
-
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of `model`: gated where labels are given, its own otherwise.
 
@@ -182,25 +136,10 @@ class GatedHead(ReplacedForward):
         )
         if self._observer is not None:
             self._observer(gated)
-        result = self._output(loss, gated, output)
+        result = self.output_class.of(loss, gated, output)
         if return_dict is None:
             return_dict = getattr(model.config, "return_dict", True)
         return result if return_dict else result.to_tuple()
-
-    def _output(self, loss: Tensor, gated: GatedLoss, own: Any) -> GatedCausalLMOutput:
-        return self.output_class(
-            loss=loss,
-            token_loss=gated.token_loss,
-            label_mask=gated.mask,
-            log_p=gated.log_p,
-            gate=gated.gate,
-            focus=gated.focus,
-            entropy=gated.entropy,
-            is_top1=gated.is_top1,
-            aux_loss=getattr(own, "aux_loss", None),
-            hidden_states=getattr(own, "hidden_states", None),
-            attentions=getattr(own, "attentions", None),
-        )
 
     # Works on tensors whose sizes depend on the labels' values, which torch.compile cannot trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -236,6 +175,50 @@ class GatedHead(ReplacedForward):
             return dict(vars(gated))
 
         return GatedLoss(**project_with(layer, hidden_states, score))
+
+    @contextmanager
+    def observed_by(self, observer: Callable[[GatedLoss], None]) -> Iterator[None]:
+        """Call `observer` with the `GatedLoss` of every gated forward in this context."""
+        previous, self._observer = self._observer, observer
+        try:
+            yield
+        finally:
+            self._observer = previous
+            self._was_observed = True
+
+    def compare_with_own_forward(self) -> None:
+        """Run the model on eight tokens and compare what its own forward does with what the head takes it for.
+
+        Where parameters are in parts (ZeRO-3, sharded), that is done in the first gated forward, in which they are
+        gathered. Where they are on meta, or the forward wants more than tokens, the first gated forward does
+        the same with its own batch.
+
+        Raises:
+            ValueError: its logits or losses are not the head's; a NaN in its lm_head.
+        """
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            return
+        if has_weights_in_parts(self.model):
+            self._compares_later = True
+            return
+        check_finite(self.model)
+        self._compare(self.model)
+
+    def _compare(self, model: PreTrainedModel) -> None:
+        forward = self._own_forward_of(model)
+        gated_forward = functools.partial(self._gated_forward, model)
+        with (
+            # An objective may need the optimizer step's mean, which is not known yet.
+            attribute_of(self, "objective", build_objective("nll")),
+            attribute_of(self, "_observer", None),
+            attribute_of(self, "settings", self._settings_of_comparison()),
+        ):
+            compare_on_tokens(model, forward, gated_forward, self.own_forward)
+
+    def _settings_of_comparison(self) -> CoreSettings:
+        """The settings; "quack" is left to the first step where it may depend on that step's autocast."""
+        later = self.settings.path == "quack" and self.model.dtype != torch.bfloat16
+        return replace(self.settings, path="auto") if later else self.settings
 
 
 def _check_shape(

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from ..ops import GatedLoss
+
 
 @dataclass
 class GatedCausalLMOutput(ModelOutput):
@@ -37,6 +39,23 @@ class GatedCausalLMOutput(ModelOutput):
     aux_loss: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, loss: Tensor, gated: GatedLoss, own: Any) -> GatedCausalLMOutput:
+        """The output of a loss (), what the gates did, and the model's own output."""
+        return cls(
+            loss=loss,
+            token_loss=gated.token_loss,
+            label_mask=gated.mask,
+            log_p=gated.log_p,
+            gate=gated.gate,
+            focus=gated.focus,
+            entropy=gated.entropy,
+            is_top1=gated.is_top1,
+            aux_loss=getattr(own, "aux_loss", None),
+            hidden_states=getattr(own, "hidden_states", None),
+            attentions=getattr(own, "attentions", None),
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name == "logits":

@@ -12,9 +12,9 @@ Its words, in the order of the computation:
     gate          one number a token, of its statistics: an objective's gradient is the gate times the error
 
 To read from the top: `linear` is the call, `plan` what it settles, `token_loss` the computation with its gradients.
-`tiles` walks over the tiles, which `fold`, `triton_fold` or `quack_tiles` folds; `gradients` multiplies their errors
-into the operands' gradients, without what `skipping` leaves out. `reference` is the definition that all of it equals,
-and `logits` the loss of logits that are there already.
+`folded_tiles` walks over the `tiles`, each of which `fold` or `triton_fold` folds, or `quack_tiles` has folded already;
+`gradients` multiplies their errors into the operands' gradients, without what `skipping` leaves out. `reference` is the
+definition that all of it equals, and `logits` the loss of logits that are there already.
 """
 
 from .linear import linear_gated_loss

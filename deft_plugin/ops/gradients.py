@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .folded_tiles import FoldedTiles
 from .plan import Plan
 from .projection import Operands
 from .skipping import Kept, row_masses, what_earns
 from .sums import statistics_dtype
-from .tiles import FoldedTiles, Tile
+from .tiles import Tile
 
 # Operands with a row per token: the gate comes into their gradients in the backward pass, as a factor per row.
 PER_TOKEN = frozenset({"hidden", "low_rank_hidden"})

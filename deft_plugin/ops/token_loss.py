@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..objectives import TokenStatistics
+from .folded_tiles import FoldedTiles
 from .gradients import PER_TOKEN, Gradients
 from .plan import Plan
 from .projection import Operands
-from .tiles import FoldedTiles
 
 
 def tiled_token_loss(

@@ -59,11 +59,12 @@ def walk(case: dict[str, Any]) -> None:
     import torch
 
     from deft_plugin import build_objective
+    from deft_plugin.ops.folded_tiles import FoldedTiles
     from deft_plugin.ops.gradients import Gradients
     from deft_plugin.ops.plan import Plan
     from deft_plugin.ops.projection import LogitsTransform, Operands
     from deft_plugin.ops.sums import StatisticsRequest
-    from deft_plugin.ops.tiles import FoldedTiles, default_tile_rows
+    from deft_plugin.ops.tiles import default_tile_rows
 
     def tensor(*shape: int) -> Any:
         return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
