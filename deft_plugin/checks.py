@@ -16,7 +16,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .lm_head import lm_head_of, lm_head_rows
+from .head.lm_head import lm_head_of, lm_head_rows
 
 logger = logging.getLogger("deft_plugin")
 

@@ -18,9 +18,9 @@ import transformers
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, distributed
 
+from .head.substitution import attribute_of
 from .objectives import Objective
 from .objectives.family import CayleyTrans
-from .substitution import attribute_of
 
 
 def check_couples_no_parts(objective: Objective, setting: str) -> None:

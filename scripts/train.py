@@ -47,8 +47,8 @@ from transformers import (
     set_seed,
 )
 
+from deft_plugin import keep_cpu_weights_unpacked
 from deft_plugin.metrics import METRICS
-from deft_plugin.quantization import keep_cpu_weights_unpacked
 from deft_plugin.report.checkpoint import load_tokenizer as load_models_tokenizer
 from deft_plugin.trl import SFTConfig, SFTTrainer
 

@@ -31,7 +31,7 @@ from transformers import (
     set_seed,
 )
 
-from deft_plugin.quantization import keep_cpu_weights_unpacked
+from deft_plugin import keep_cpu_weights_unpacked
 from deft_plugin.trl import SFTConfig, SFTTrainer
 
 # The first is what the others are compared with.

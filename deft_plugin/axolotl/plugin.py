@@ -15,7 +15,7 @@ from axolotl.utils.distributed import is_main_process
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..head import gated_head_of
-from ..lm_head import lm_head_of
+from ..head.lm_head import lm_head_of
 from ..objectives import Objective, build_objective
 from ..ops.availability import resolve_path
 from .adjustments import adjust

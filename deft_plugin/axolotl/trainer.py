@@ -12,9 +12,9 @@ from transformers import Trainer
 
 from ..checks import check_data
 from ..head import add_gated_head
+from ..head.cpu_weights import keep_cpu_weights_unpacked
 from ..objectives import Objective
 from ..ops import CoreSettings
-from ..quantization import keep_cpu_weights_unpacked
 from ..training import GatedTraining, TrainingSettings, own_rows
 from .context_parallel import with_shifted_labels
 

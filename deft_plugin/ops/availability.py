@@ -50,7 +50,7 @@ def refuse_where_quack_cannot(
     request: StatisticsRequest,
     product_dtype: torch.dtype,
 ) -> None:
-    """Raise `ValueError` with all that keeps path "quack" from this head, and the way out."""
+    """Raise `ValueError` with all that keeps path "quack" from this lm_head, and the way out."""
     weight = operands.weight
     vocab_size, hidden_size = weight.shape
     machine = _quack_obstacles(weight.device)
@@ -91,7 +91,7 @@ def _refuse_quack(obstacles: list[str]) -> None:
 
 
 def _quack_obstacles(device: torch.device) -> list[str]:
-    """Of the machine, apart from the head."""
+    """Of the machine, apart from the lm_head."""
     obstacles = []
     if device.type != "cuda" or torch.version.hip is not None:
         obstacles.append(f"{device.type!r} is no NVIDIA GPU")

@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .folded_tiles import FoldedTiles
+from .plan import Plan
 from .projection import Operands
 from .skipping import Kept, row_masses, what_earns
 from .sums import statistics_dtype
-from .tiles import FoldedTiles, Head, Tile
+from .tiles import Tile
 
 # Operands with a row per token: the gate comes into their gradients in the backward pass, as a factor per row.
 PER_TOKEN = frozenset({"hidden", "low_rank_hidden"})
@@ -24,13 +26,13 @@ class Gradients:
     dtype where one tile holds all tokens.
     """
 
-    def __init__(self, operands: Operands, head: Head, wanted: frozenset[str]) -> None:
-        self.head = head
+    def __init__(self, operands: Operands, plan: Plan, wanted: frozenset[str]) -> None:
+        self.plan = plan
         self.operands = operands
-        count = head.targets.numel()
-        one_tile = count <= head.tile_rows
+        count = plan.targets.numel()
+        one_tile = count <= plan.tile_rows
         # Without skipping, tiles overwrite all rows, and the first one the whole weight's gradient.
-        new = torch.zeros if head.skip_below else torch.empty
+        new = torch.zeros if plan.skip_below else torch.empty
 
         def buffer(name: str) -> Tensor | None:
             if name not in wanted:
@@ -38,9 +40,9 @@ class Gradients:
             operand = getattr(operands, name)
             if name in PER_TOKEN:
                 size = (count, operand.size(1))
-                return new(size, dtype=head.product_dtype, device=operand.device)
-            dtype = statistics_dtype(head.product_dtype)
-            if one_tile and operand.dtype == head.buffer_dtype:
+                return new(size, dtype=plan.product_dtype, device=operand.device)
+            dtype = statistics_dtype(plan.product_dtype)
+            if one_tile and operand.dtype == plan.buffer_dtype:
                 dtype = operand.dtype
             return new(operand.shape, dtype=dtype, device=operand.device)
 
@@ -49,11 +51,11 @@ class Gradients:
         self.bias = buffer("bias")
         self.low_rank_hidden = buffer("low_rank_hidden")
         self.low_rank_weight = buffer("low_rank_weight")
-        self._keep = 1 if head.skip_below else 0
+        self._keep = 1 if plan.skip_below else 0
         self.wanted = bool(wanted)
         self.skipped = (
-            torch.zeros_like(head.targets, dtype=statistics_dtype(head.product_dtype))
-            if head.skip_below and self.wanted
+            torch.zeros_like(plan.targets, dtype=statistics_dtype(plan.product_dtype))
+            if plan.skip_below and self.wanted
             else None
         )
         self.need_gate = bool(wanted - PER_TOKEN)
@@ -70,16 +72,16 @@ class Gradients:
             gate: (n,), needed for what has no row per token, and for skipping.
             tiles: where it is from.
         """
-        head, vocab_size = self.head, self.head.vocab_size
+        plan, vocab_size = self.plan, self.plan.vocab_size
         kept, scale = Kept(vocab_size), None
         if gate is not None:
-            factor = gate * head.transform.scale
+            factor = gate * plan.transform.scale
             scale = factor * tile.row_factor
         if self.skipped is not None:
             assert scale is not None
             bound = row_masses(tiles.statistics(tile.positions).log_p, factor)
-            targets = head.targets[tile.positions]
-            kept = what_earns(tile.error, scale, bound, targets, head.skip_below, head.shard)
+            targets = plan.targets[tile.positions]
+            kept = what_earns(tile.error, scale, bound, targets, plan.skip_below, plan.shard)
             self.skipped[tile.positions] = kept.skipped_share(scale.numel(), vocab_size)
             tile = replace(tile, error=kept.of_error(tile.error))
         self._add_per_token(tile, kept)
@@ -105,7 +107,7 @@ class Gradients:
 
     def _add_per_weight(self, tile: Tile, scale: Tensor, kept: Kept) -> None:
         """Add error.T @ (scale * hidden) to weight and low_rank_weight, and error.T @ scale to bias; scale is (n, 1)."""
-        rows, scale = self.head.rows_of(tile.positions), kept.of_rows(scale)
+        rows, scale = self.plan.rows_of(tile.positions), kept.of_rows(scale)
         dtype = tile.error.dtype
         for (hidden, _), gradient in zip(
             self.operands.products(), (self.weight, self.low_rank_weight), strict=False

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ..objectives import Objective, build_objective
 from .availability import refuse_where_quack_cannot, resolve_path
-from .chunked import chunked_token_loss
 from .output import GatedLoss, Reduction, assemble, check_reduction
+from .plan import Plan, buffer_dtype
 from .projection import LogitsTransform, Operands, product_dtype, project
 from .reference import reference_token_loss
 from .settings import CoreSettings, Path, TiledPath
 from .shard import VocabularyShard
 from .sums import StatisticsRequest
 from .targets import CountedTargets, ValidTargets, described
-from .tiles import Head, buffer_dtype, default_tile_rows
+from .tiles import default_tile_rows
+from .token_loss import tiled_token_loss
 
 
 def linear_gated_loss(
@@ -42,7 +43,7 @@ def linear_gated_loss(
     skip_below: float = 0.0,
     shard: VocabularyShard | None = None,
 ) -> GatedLoss:
-    """An objective's loss over a language model's head, computed without the (N, V) logits.
+    """An objective's loss over a language model's lm_head, computed without the (N, V) logits.
 
     The logits are z = softcap(logit_scale * (hidden @ weight.T + low_rank_hidden @ low_rank_weight.T + bias)).
     Only rows with a valid target are projected, a tile at a time, and gradients are formed in the same pass.
@@ -139,7 +140,7 @@ def linear_gated_loss(
         else:
             tiled_path = cast(TiledPath, resolve_path(path, hidden.device))
         trainable = torch.is_grad_enabled() and weight.requires_grad
-        head = Head(
+        plan = Plan(
             objective=objective,
             transform=transform,
             request=request,
@@ -160,7 +161,7 @@ def linear_gated_loss(
             skip_below=skip_below,
             shard=shard,
         )
-        total, token_loss, statistics, gate, skipped = chunked_token_loss(operands, head)
+        total, token_loss, statistics, gate, skipped = tiled_token_loss(operands, plan)
     return assemble(
         objective,
         valid,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..objectives import Objective, TokenStatistics, build_objective
-from .chunked import refuse_second_derivative
+from .fold import fold_, top_k_entropy
 from .output import GatedLoss, Reduction, assemble, check_reduction
 from .projection import LogitsTransform
-from .softmax import fold_, top_k_entropy
 from .sums import StatisticsRequest, Sums, empty_sums, statistics_dtype, statistics_of_sums
 from .targets import ValidTargets, described
 from .tiles import default_tile_rows, tile_positions
+from .token_loss import refuse_second_derivative
 
 
 def gated_loss(

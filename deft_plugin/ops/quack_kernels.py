@@ -1,12 +1,12 @@
 """QuACK's matrix products for Hopper and Blackwell, with an epilogue that leaves exponentials in place of logits.
 
-A product works on one tile of rows and `width` columns at a time. While the tile z of logits is still in registers:
+A product works on blocks of its result: some rows and `width` columns. While a block z of logits is still in registers:
 
-    k    = round(log2(e) max z)          an integer for each row of the tile
+    k    = round(log2(e) max z)          an integer for each row of the block
     e_v  = 2^(log2(e) z_v - k)           at most sqrt(2); stored in bfloat16
     sums of e_v, of e_v^2, of e_v log2(e_v); max z; the target's z_y: in float32, from what was never rounded
 
-so no logit is ever written. Since k is an integer, another tile's reference is reached by a power of two, which loses
+so no logit is ever written. Since k is an integer, another block's reference is reached by a power of two, which loses
 nothing in bfloat16. On Hopper QuACK's products of the gradients take that power along: a strip, one factor for each row
 and 64 columns, is multiplied into the exponentials on their way into the tensor cores.
 
@@ -39,10 +39,10 @@ from .triton_fold import current_device
 quack.cache.EXTRA_SOURCE_DIRS.append(Path(__file__).parent)
 
 HOPPER = 9
-# Rows of a product's tile, which two neighbours share the columns' operand for; on Blackwell they are one tile of 256.
+# Rows of a block, which two neighbours share the columns' operand for; on Blackwell they are one block of 256.
 ROWS = 128
 CLUSTER = 2
-# The widest tile whose epilogue can run beside the next tile's product, as QuACK has measured on Hopper.
+# The widest block whose epilogue can run beside the next block's product, as QuACK has measured on Hopper.
 WIDEST_PINGPONG = 208
 
 
@@ -113,20 +113,20 @@ def exponentials(
     width: int,
     request: StatisticsRequest,
 ) -> Partials:
-    """Exponentials of hidden @ weight.T, and what is known of each row's tiles.
+    """Exponentials of hidden @ weight.T, and what is known of each row's blocks.
 
     Args:
         powers: (n, V), bfloat16, rows contiguous; overwritten. None stores none, for an evaluation.
         hidden: (n, H), bfloat16, contiguous; H a multiple of 8.
         weight: (V, H), bfloat16, contiguous.
         targets: (n,), int64; rows with one outside [0, V) get no `target_logit`.
-        width: of a tile, a divisor of V and a multiple of 64.
+        width: of a block, a divisor of V and a multiple of 64.
         request: which sums to form.
     """
-    count, tiles = hidden.size(0), weight.size(0) // width
+    count, blocks = hidden.size(0), weight.size(0) // width
 
     def partial() -> Tensor:
-        return torch.empty(count, tiles, dtype=torch.float32, device=hidden.device)
+        return torch.empty(count, blocks, dtype=torch.float32, device=hidden.device)
 
     partials = Partials(
         exponents=partial(),

@@ -1,17 +1,17 @@
-"""One Triton kernel between QuACK's products: from the sums of each tile of a row to the row's, and the error's target entry.
+"""One Triton kernel between QuACK's products: from the sums of each block of a row to the row's, and the error's target entry.
 
-The epilogue knows nothing of targets: its sums are over all columns, each tile's relative to a power of two of its own.
-Here the tiles of a row meet in one reference, and the target leaves its own, the home tile:
+The epilogue knows nothing of targets: its sums are over all columns, each block's relative to a power of two of its own.
+Here the blocks of a row meet in one reference, and the target leaves its own, the home block:
 
-    rest = sum of the home tile - e_y              where that cancels no more than 12 bits
-         = sum of the stored e_v, v != y           where the target is nearly all of the tile
+    rest = sum of the home block - e_y             where that cancels no more than 12 bits
+         = sum of the stored e_v, v != y           where the target is nearly all of the block
 
-The second is rounded to bfloat16 and off by 2^-9 at most, of something that is at most 2^-12 of the tile: 1 - p_y is as near
+The second is rounded to bfloat16 and off by 2^-9 at most, of something that is at most 2^-12 of the block: 1 - p_y is as near
 to the truth as float32 logits have it, and within 2^-9 of itself however near to 0 it is. Without stored exponentials,
 in an evaluation, the difference is all there is.
 
-The stored exponentials are the error but for the target's entry, minus the others' sum in the home tile's reference.
-A home tile so far below the row's largest exponent that this would leave bfloat16's range is brought nearer first.
+The stored exponentials are the error but for the target's entry, minus the others' sum in the home block's reference.
+A home block so far below the row's largest exponent that this would leave bfloat16's range is brought nearer first.
 
 Runs on a GPU, and on a CPU in Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -31,26 +31,26 @@ from .triton_fold import current_device
 
 # log2(e) in float32, as QuACK's kernel has it.
 LOG2_E = tl.constexpr(torch.tensor(math.log2(math.e), dtype=torch.float32).item())
-# Share of the home tile's sum below which what is left of it is summed anew.
+# Share of the home block's sum below which what is left of it is summed anew.
 SMALLEST_DIFFERENCE = tl.constexpr(2.0**-12)
-# How far below the row's largest exponent a home tile's may be, in powers of two.
+# How far below the row's largest exponent a home block's may be, in powers of two.
 FARTHEST = tl.constexpr(64.0)
 # Columns that have one scale in QuACK's products of the gradients.
 STRIP_COLUMNS = 64
-TILES_PER_WARP = 256
+BLOCKS_PER_WARP = 256
 
 
 class Partials(NamedTuple):
-    """What is known of each tile of each row, in float32; T tiles a row.
+    """What is known of each block of each row, in float32; B blocks a row.
 
-    With z a logit, k the tile's exponent, e = 2^(log2(e) z - k):
+    With z a logit, k the block's exponent, e = 2^(log2(e) z - k):
 
     Args:
-        exponents: (n, T), the integers k.
-        maxima: (n, T), largest z.
-        powers: (n, T), sums of e.
-        squares: (n, T), sums of e^2; None unless requested.
-        weighted: (n, T), sums of e log2(e); None unless requested.
+        exponents: (n, B), the integers k.
+        maxima: (n, B), largest z.
+        powers: (n, B), sums of e.
+        squares: (n, B), sums of e^2; None unless requested.
+        weighted: (n, B), sums of e log2(e); None unless requested.
         target_logit: (n,), z of the target.
     """
 
@@ -64,7 +64,7 @@ class Partials(NamedTuple):
 
 @triton.jit
 def _without(total, target, stored, cancels, STORED: tl.constexpr):
-    """The home tile's sum without the target."""
+    """The home block's sum without the target."""
     rest = total - target
     if STORED:
         rest = tl.where(cancels, tl.sum(stored, 0), rest)
@@ -87,10 +87,10 @@ def _row_kernel(
     stored_stride,
     sums_pointer,
     sums_stride,
-    tiles,
+    block_count,
     WIDTH: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
     COLLISION: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORED: tl.constexpr,
@@ -98,12 +98,12 @@ def _row_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_pointer + row).to(tl.int32)
     home = target // WIDTH
-    first = row * tiles
-    tile = tl.arange(0, BLOCK_TILES)
-    inside = tile < tiles
-    exponent = tl.load(exponents_pointer + first + tile, mask=inside, other=-float("inf"))
+    first = row * block_count
+    block = tl.arange(0, BLOCKS)
+    inside = block < block_count
+    exponent = tl.load(exponents_pointer + first + block, mask=inside, other=-float("inf"))
     largest = tl.max(exponent, 0)
-    maximum = tl.max(tl.load(maxima_pointer + first + tile, mask=inside, other=-float("inf")), 0)
+    maximum = tl.max(tl.load(maxima_pointer + first + block, mask=inside, other=-float("inf")), 0)
     reference = maximum * LOG2_E
     shift = tl.where(inside, exponent - reference, 0.0)
     scale = tl.where(inside, tl.exp2(shift), 0.0)
@@ -116,9 +116,9 @@ def _row_kernel(
     )
     power = tl.exp2(difference)
 
-    column = tl.arange(0, BLOCK_COLUMNS)
+    column = tl.arange(0, COLUMNS)
     is_target = column == target % WIDTH
-    stored = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+    stored = tl.zeros((COLUMNS,), tl.float32)
     if STORED:
         home_pointer = stored_pointer + row * stored_stride + home * WIDTH + column
         stored = tl.load(home_pointer, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -129,8 +129,8 @@ def _row_kernel(
     rest = _without(total, power, stored, cancels, STORED)
     # Rounding may leave less than nothing. Not by `maximum`, which loses NaN.
     rest = tl.where(rest < 0, 0.0, rest)
-    powers = tl.load(powers_pointer + first + tile, mask=inside, other=0.0)
-    powers = tl.where(tile == home, rest, powers)
+    powers = tl.load(powers_pointer + first + block, mask=inside, other=0.0)
+    powers = tl.where(block == home, rest, powers)
     others = tl.sum(powers * scale, 0)
     offset = target_logit - maximum
     tl.store(sums_pointer + row, offset)
@@ -139,8 +139,8 @@ def _row_kernel(
     if COLLISION:
         total = tl.load(squares_pointer + first + home)
         rest = _without(total, power * power, stored * stored, cancels, STORED)
-        squares = tl.load(squares_pointer + first + tile, mask=inside, other=0.0)
-        squares = tl.where(tile == home, rest, squares)
+        squares = tl.load(squares_pointer + first + block, mask=inside, other=0.0)
+        squares = tl.where(block == home, rest, squares)
         tl.store(sums_pointer + row + 3 * sums_stride, tl.sum(squares * (scale * scale), 0))
     if ENTROPY:
         # Finite numbers in place of -inf, which times a power of 0 would be NaN.
@@ -148,8 +148,8 @@ def _row_kernel(
         term = power * tl.maximum(difference, -1e4)
         total = tl.load(weighted_pointer + first + home)
         rest = _without(total, term, terms, cancels, STORED)
-        weighted = tl.load(weighted_pointer + first + tile, mask=inside, other=0.0)
-        weighted = tl.where(tile == home, rest, weighted)
+        weighted = tl.load(weighted_pointer + first + block, mask=inside, other=0.0)
+        weighted = tl.where(block == home, rest, weighted)
         weighted = tl.sum((weighted + powers * shift) * scale, 0)
         tl.store(sums_pointer + row + 4 * sums_stride, weighted / LOG2_E)
     row_factor = tl.exp2(largest - reference) / (others + tl.exp2(offset * LOG2_E))
@@ -176,17 +176,17 @@ def sums_and_error_(
     request: StatisticsRequest,
     powers: Tensor | None,
 ) -> None:
-    """Fill in the rows' sums, and make the stored exponentials the error, each tile relative to its exponent.
+    """Fill in the rows' sums, and make the stored exponentials the error, each block relative to its exponent.
 
     Args:
         sums: (6, n), rows contiguous, see `Sums`; `row_factor` is for the error relative to the row's largest exponent.
-        partials: of at least n rows, contiguous. `exponents` change with the tiles that are brought nearer.
+        partials: of at least n rows, contiguous. `exponents` change with the blocks that are brought nearer.
         targets: (n,), int64, in [0, V).
-        width: of a tile, in columns.
+        width: of a block, in columns.
         request: which sums there are.
         powers: at least n rows of V, bfloat16; the exponentials as the product left them. None where none are stored.
     """
-    tiles = partials.exponents.size(1)
+    block_count = partials.exponents.size(1)
     with current_device(sums.device):
         _row_kernel[(targets.numel(),)](
             *partials,
@@ -195,27 +195,27 @@ def sums_and_error_(
             0 if powers is None else powers.stride(0),
             sums,
             sums.stride(0),
-            tiles,
-            **launch_options(tiles, width, request, powers is not None),
+            block_count,
+            **launch_options(block_count, width, request, powers is not None),
         )
 
 
 def launch_options(
-    tiles: int, width: int, request: StatisticsRequest, stored: bool
+    block_count: int, width: int, request: StatisticsRequest, stored: bool
 ) -> dict[str, Any]:
     """The kernel's compile-time constants and its number of warps."""
-    block = triton.next_power_of_2(tiles)
+    blocks = triton.next_power_of_2(block_count)
     return {
         "WIDTH": width,
-        "BLOCK_COLUMNS": triton.next_power_of_2(width),
-        "BLOCK_TILES": block,
+        "COLUMNS": triton.next_power_of_2(width),
+        "BLOCKS": blocks,
         "COLLISION": request.collision,
         "ENTROPY": request.entropy,
         "STORED": stored,
-        "num_warps": min(max(block // TILES_PER_WARP, 1), 8),
+        "num_warps": min(max(blocks // BLOCKS_PER_WARP, 1), 8),
     }
 
 
-def tile_scales(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, T) powers of two that bring each tile to the row's largest exponent; exact in any floating dtype."""
+def block_scales(exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, B) powers of two that bring each block to the row's largest exponent; exact in any floating dtype."""
     return (exponents - exponents.amax(1, keepdim=True)).exp2().to(dtype)

@@ -2,12 +2,13 @@
 
 The same walk as `FoldedTiles`, with two launches in place of a product and a fold:
 
-    exponentials, sums of each tile    of hidden @ weight.T       quack_kernels.exponentials
+    exponentials, sums of each block   of hidden @ weight.T       quack_kernels.exponentials
     sums of each row, the error        (6, n), in place           quack_sums.sums_and_error_
 
-On Hopper the error stays relative to each tile's own power of two, and QuACK's products of the gradients bring it to the
-row's. They read it in rows of 128, so that rows are added whose hidden states are zero. On Blackwell, where
-QuACK 0.6 has no such products, the exponentials are brought to the row's reference in place, and it is a tile like any other.
+A block is what a thread block of the product makes of a row, `width` columns of it. On Hopper the error stays relative to
+each block's own power of two, and QuACK's products of the gradients bring it to the row's. They read it in rows of 128, so
+that rows are added whose hidden states are zero. On Blackwell, where QuACK 0.6 has no such products, the exponentials are
+brought to the row's reference in place, and it is a tile like any other.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
+from .plan import Plan
 from .projection import Operands
-from .quack_sums import STRIP_COLUMNS, sums_and_error_, tile_scales
-from .tiles import Head, Tile, tile_positions
+from .quack_sums import STRIP_COLUMNS, block_scales, sums_and_error_
+from .tiles import Tile, tile_positions
 
 ROW_MULTIPLE = 128
-# Columns of a product's tile, the fastest first, by major compute capability: what QuACK has measured on Hopper for
-# its own loss, and its default on Blackwell.
+# Columns of a block, the fastest first, by major compute capability: what QuACK has measured on Hopper for its own
+# loss, and its default on Blackwell.
 HOPPER_WIDTHS = (192, 256, 128)
 BLACKWELL_WIDTHS = (256, 192, 128)
 
@@ -58,36 +60,36 @@ class StripTile(Tile):
         add_outer_(gradient, keep, self.powers, self.strips, _whole_rows(hidden))
 
 
-def quack_tiles(operands: Operands, head: Head, sums: Tensor, form_error: bool) -> Iterator[Tile]:
+def quack_tiles(operands: Operands, plan: Plan, sums: Tensor, write_error: bool) -> Iterator[Tile]:
     """As `FoldedTiles.__call__`, on a GPU where `availability.refuse_where_quack_cannot` raises nothing.
 
     Args:
         operands: hidden and weight, the weight in bfloat16.
-        head: the rest of the call.
+        plan: the rest of the call.
         sums: (6, count), filled in tile by tile.
-        form_error: whether the tiles' errors are wanted beside their statistics.
+        write_error: whether the tiles' errors are wanted beside their statistics.
     """
     from .quack_kernels import exponentials, takes_strips
 
-    weight, count = operands.weight, head.targets.numel()
-    vocab_size, request = weight.size(0), head.request
+    weight, count = operands.weight, plan.targets.numel()
+    vocab_size, request = weight.size(0), plan.request
     with_strips = takes_strips(weight.device)
-    width = tile_width(vocab_size, HOPPER_WIDTHS if with_strips else BLACKWELL_WIDTHS)
-    rows = -(-min(head.tile_rows, count) // ROW_MULTIPLE) * ROW_MULTIPLE
-    buffer = weight.new_empty(rows if form_error else 0, vocab_size)
-    for positions in tile_positions(count, head.tile_rows):
-        targets, tile_sums = head.targets[positions], sums[:, positions]
+    width = block_width(vocab_size, HOPPER_WIDTHS if with_strips else BLACKWELL_WIDTHS)
+    rows = -(-min(plan.tile_rows, count) // ROW_MULTIPLE) * ROW_MULTIPLE
+    buffer = weight.new_empty(rows if write_error else 0, vocab_size)
+    for positions in tile_positions(count, plan.tile_rows):
+        targets, tile_sums = plan.targets[positions], sums[:, positions]
         size = targets.numel()
         error = buffer[:size]
         if size:
-            hidden = _whole_rows(operands.hidden[head.rows_of(positions)].to(weight.dtype))
+            hidden = _whole_rows(operands.hidden[plan.rows_of(positions)].to(weight.dtype))
             # A target that no column has is looked for in vain.
             padded_targets = functional.pad(targets, (0, hidden.size(0) - size), value=-1)
-            powers = buffer[: hidden.size(0)] if form_error else None
+            powers = buffer[: hidden.size(0)] if write_error else None
             partials = exponentials(powers, hidden, weight, padded_targets, width, request)
             sums_and_error_(tile_sums, partials, targets, width, request, powers)
             if powers is not None:
-                scales = tile_scales(partials.exponents, powers.dtype)
+                scales = block_scales(partials.exponents, powers.dtype)
                 if with_strips:
                     strips = _strips(scales, width)
                     yield StripTile(positions, error, tile_sums[-1], powers, strips)
@@ -96,16 +98,16 @@ def quack_tiles(operands: Operands, head: Head, sums: Tensor, form_error: bool) 
         yield Tile(positions, error, tile_sums[-1])
 
 
-def tile_width(vocab_size: int, widths: tuple[int, ...]) -> int:
-    """Columns of a product's tile: the first of `widths` that divides the vocabulary."""
+def block_width(vocab_size: int, widths: tuple[int, ...]) -> int:
+    """Columns of a block: the first of `widths` that divides the vocabulary."""
     return next(width for width in widths if vocab_size % width == 0)
 
 
 def _strips(scales: Tensor, width: int) -> Tensor:
-    """(V / 64, m), contiguous, of (m, T) scales: each as often as a tile has 64 columns."""
+    """(V / 64, m), contiguous, of (m, B) scales: each as often as a block has 64 columns."""
     times = width // STRIP_COLUMNS
     strips = scales.t().unsqueeze(1).expand(-1, times, -1)
-    # Of a single tile, a reshape alone would be a view.
+    # Of a single block, a reshape alone would be a view.
     return strips.reshape(-1, scales.size(0)).contiguous()
 
 

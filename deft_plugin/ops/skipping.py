@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .fold import TargetEntry
 from .products import add_outer_
 from .shard import VocabularyShard
-from .softmax import TargetEntry
 
 # Fewer than these leave nothing out: what stays of columns is copied, of the error and of the weight, and so are rows.
 SMALLEST_COLUMNS_SHARE = 1 / 4

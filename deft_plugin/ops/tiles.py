@@ -1,4 +1,4 @@
-"""Tiles of logits: how many rows they have, and their projection and folding in one buffer, one after the other."""
+"""Tiles of logits: how many rows they have, and what is multiplied of one."""
 
 from __future__ import annotations
 
@@ -8,62 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objectives import Objective, TokenStatistics
-from .products import add_outer_, add_product_, project_, project_back_
-from .projection import LogitsTransform, Operands
-from .settings import TiledPath
-from .shard import VocabularyShard
-from .softmax import fold_, top_k_entropy
-from .sums import StatisticsRequest, empty_sums, statistics_dtype, statistics_of_sums
+from .products import add_outer_, project_back_
 
-# Bytes of logits held at once. A product pays for reading the weight once a tile, and a trainable head also for reading
+# Bytes of logits held at once. A product pays for reading the weight once a tile, and a trainable lm_head also for reading
 # and writing the whole weight's gradient.
 CPU_TILE_BYTES = 64 * 2**20
 GPU_TILE_BYTES = 2**30
 # Skipping copies a part of the weight once a tile.
 SKIPPING_CPU_TILE_BYTES = 128 * 2**20
-# With a frozen head more rows are 1 to 7 % faster on a H100, and as many times larger in memory.
+# With a frozen lm_head more rows are 1 to 7 % faster on a H100, and as many times larger in memory.
 FROZEN_TILE_ROWS = 1024
 SMALLEST_TILE_ROWS = 16
 TILE_ROWS_MULTIPLE = 128
-
-
-@dataclass(frozen=True)
-class Head:
-    """The constant half of a call: everything but the tensors that have gradients.
-
-    Args:
-        objective, transform, request: what to compute.
-        targets: (n,) int64.
-        rows: (n,) int64 rows of `hidden` that the targets belong to; None for all of them.
-        vocab_size: number of logits of a token, V, on all ranks together.
-        product_dtype: dtype of the matrix products (the autocast dtype under autocast).
-        tile_rows: number of tokens per tile.
-        path: what makes, folds and multiplies the tiles.
-        skip_below: the share of a tile's gradient in its logits that the products may lose; 0 for none.
-        shard: which part of the vocabulary the weight is; None for all of it.
-    """
-
-    objective: Objective
-    transform: LogitsTransform
-    request: StatisticsRequest
-    targets: Tensor
-    rows: Tensor | None
-    vocab_size: int
-    product_dtype: torch.dtype
-    tile_rows: int
-    path: TiledPath
-    skip_below: float = 0.0
-    shard: VocabularyShard | None = None
-
-    @property
-    def buffer_dtype(self) -> torch.dtype:
-        """Of a tile's logits."""
-        return buffer_dtype(self.product_dtype, self.path)
-
-    def rows_of(self, positions: slice) -> Tensor | slice:
-        """Which rows of `hidden` the tokens at these positions are."""
-        return positions if self.rows is None else self.rows[positions]
 
 
 @dataclass(frozen=True)
@@ -87,96 +43,6 @@ class Tile:
     def add_outer_(self, gradient: Tensor, keep: int, hidden: Tensor) -> None:
         """gradient = keep * gradient + error.T @ hidden; (V, H) and (n, H), the latter of the error's dtype."""
         add_outer_(gradient, keep, self.error, hidden)
-
-
-class FoldedTiles:
-    """The tiles of a call, and what is known of their tokens once they are folded.
-
-    Args:
-        operands: with weights in the products' dtype.
-        head: the rest of the call.
-    """
-
-    def __init__(self, operands: Operands, head: Head) -> None:
-        self.operands, self.head = operands, head
-        count = head.targets.numel()
-        self.sums = empty_sums(count, head.buffer_dtype, operands.weight.device)
-        self.top_k = self.sums.new_empty(count) if head.request.top_k else None
-
-    def __call__(self, form_error: bool) -> Iterator[Tile]:
-        """Project and fold one tile after the other.
-
-        Args:
-            form_error: whether the tiles' errors are wanted beside their statistics.
-        """
-        head, bias = self.head, self.operands.bias
-        if head.path == "quack":
-            from .quack_tiles import quack_tiles
-
-            yield from quack_tiles(self.operands, head, self.sums, form_error)
-            return
-        vocab_size = self.operands.weight.size(0)
-        row_size = vocab_size
-        if head.path == "triton":
-            from .triton_fold import padded_vocab_size
-
-            row_size = padded_vocab_size(vocab_size)
-            if bias is not None:
-                bias = torch.nn.functional.pad(bias, (0, row_size - vocab_size)).contiguous()
-        buffer = torch.empty(
-            min(head.tile_rows, head.targets.numel()),
-            row_size,
-            dtype=head.buffer_dtype,
-            device=self.operands.weight.device,
-        )
-        for positions in tile_positions(head.targets.numel(), head.tile_rows):
-            rows = buffer[: positions.stop - positions.start]
-            self._project(positions, rows[:, :vocab_size])
-            self._fold(positions, rows, bias, form_error)
-            yield Tile(positions, rows[:, :vocab_size], self.sums[-1, positions])
-
-    def statistics(self, positions: slice = slice(None)) -> TokenStatistics:
-        """Of the tokens at these positions, which have been folded."""
-        return statistics_of_sums(
-            self.sums[:, positions],
-            self.head.vocab_size,
-            self.head.request,
-            None if self.top_k is None else self.top_k[positions],
-        )
-
-    def _project(self, positions: slice, logits: Tensor) -> None:
-        """Put hidden @ weight.T + low_rank_hidden @ low_rank_weight.T into (n, V) logits."""
-        rows, dtype = self.head.rows_of(positions), self.head.product_dtype
-        (hidden, weight), *low_rank = self.operands.products()
-        if logits.dtype == dtype:
-            project_(logits, hidden[rows].to(dtype), weight)
-        else:
-            logits.copy_(hidden[rows].to(dtype) @ weight.t())
-        for hidden, weight in low_rank:
-            add_product_(logits, 1, hidden[rows].to(dtype), weight.t())
-
-    def _fold(self, positions: slice, rows: Tensor, bias: Tensor | None, form_error: bool) -> None:
-        head = self.head
-        transform, request, shard = head.transform, head.request, head.shard
-        targets, sums = head.targets[positions], self.sums[:, positions]
-        vocab_size = self.operands.weight.size(0)
-        if self.top_k is not None:
-            assert request.top_k is not None
-            self.top_k[positions] = top_k_entropy(
-                rows[:, :vocab_size], self.operands.bias, transform, request.top_k, shard
-            )
-        if head.path == "triton":
-            from .triton_fold import triton_fold_
-
-            triton_fold_(rows, vocab_size, bias, transform, targets, request, sums, form_error)
-            return
-        limit_error = head.product_dtype == torch.float16
-        fold_(rows, bias, transform, targets, request, sums, form_error, shard, limit_error)
-
-
-def buffer_dtype(product_dtype: torch.dtype, path: TiledPath) -> torch.dtype:
-    """Of a tile's logits: the products' own, as a model's own logits are, or what PyTorch folds in."""
-    return statistics_dtype(product_dtype) if path == "chunked" else product_dtype
 
 
 def tile_positions(count: int, tile_rows: int) -> Iterator[slice]:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ..head import causal_lm_of
 from ..objectives import Objective, TokenStatistics
+from ..ops.fold import fold_, top_k_entropy
 from ..ops.projection import LogitsTransform
-from ..ops.softmax import fold_, top_k_entropy
 from ..ops.sums import StatisticsRequest, Sums, empty_sums, statistics_dtype, statistics_of_sums
 from .rows import Row
 

@@ -28,12 +28,12 @@ from trl.trainer import sft_trainer
 
 from ..checks import check_data, tokenizer_of
 from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
+from ..head.cpu_weights import keep_cpu_weights_unpacked
+from ..head.substitution import attribute_of
 from ..objectives import Objective
 from ..ops import CoreSettings
 from ..ops.availability import resolve_path
 from ..parallelism import check_lengths, count_tokens_of_step, scoring_parts
-from ..quantization import keep_cpu_weights_unpacked
-from ..substitution import attribute_of
 from ..training import GatedTraining, TrainingSettings, own_rows
 from .config import (
     HAS_FUSED_HEAD,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from deft_plugin import GatedLoss, add_gated_head, linear_gated_loss
-from deft_plugin.lm_head import projection_of
+from deft_plugin.head.taken_apart import projection_of
 from deft_plugin.ops.shard import VocabularyShard
 
 from ..head.oracle import make_batch

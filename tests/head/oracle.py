@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deft_plugin import add_gated_head
+
 from ..ops.formulas import formula_losses
 
 Batch = dict[str, Tensor]
@@ -77,3 +79,11 @@ def assert_like_formula(
     loss = model(**batch).loss
     torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=tolerance, atol=0)
     assert_same_gradients(gradients(model, loss), expected_gradients, tolerance)
+
+
+def assert_equals_formula(model: Any, batch: Batch, objective: str = "deft") -> None:
+    """Put a head on the model, and compare with the formula on the logits that it built before."""
+    loss = formula_loss(model, batch, objective)
+    expected = gradients(model, loss)
+    add_gated_head(model, objective)
+    assert_like_formula(model, loss, expected, batch)

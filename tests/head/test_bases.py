@@ -29,8 +29,7 @@ from transformers import (
 from transformers.integrations import finegrained_fp8
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from deft_plugin import add_gated_head, gated_head_of
-from deft_plugin.quantization import keep_cpu_weights_unpacked
+from deft_plugin import add_gated_head, gated_head_of, keep_cpu_weights_unpacked
 
 from ..tiny import tiny_model
 from .oracle import Batch, assert_like_formula, formula_loss, gradients, make_batch

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from deft_plugin import add_gated_head
 
 from ..tiny import tiny_model
+from .oracle import assert_equals_formula, make_batch
 
 TINY_ENCODER = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 
@@ -249,6 +250,27 @@ def test_an_lm_head_that_is_no_linear_layer_is_refused() -> None:
     model.lm_head = nn.Sequential(nn.Linear(32, 128))
     with pytest.raises(ValueError, match=r"lm_head is a Sequential; .* torch\.nn\.Linear"):
         add_gated_head(model)
+
+
+def test_a_linear_layer_of_an_unknown_class_is_compared() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) * 2
+
+    class Same(nn.Linear):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states)
+
+    for kind in (Scaled, Same):
+        model = tiny_model("llama").double()
+        layer = kind(32, 128, bias=False).double()
+        layer.weight = model.lm_head.weight
+        model.lm_head = layer
+        if kind is Same:
+            assert_equals_formula(model, make_batch())
+        else:
+            with pytest.raises(ValueError, match="a Scaled, gives other logits than its weight"):
+                add_gated_head(model)
 
 
 def test_a_second_head_is_refused() -> None:

@@ -43,7 +43,7 @@ def cases(target: str) -> Iterator[dict[str, Any]]:
     for statistics in STATISTICS:
         yield usual | {"statistics": statistics}
     yield usual | {"evaluation": True}
-    # The other two widths of a tile.
+    # The other two widths of a block.
     yield usual | {"vocab_size": 151_936}
     if target == "sm_90a":
         yield usual | {"vocab_size": 32_000}
@@ -59,17 +59,19 @@ def walk(case: dict[str, Any]) -> None:
     import torch
 
     from deft_plugin import build_objective
+    from deft_plugin.ops.folded_tiles import FoldedTiles
     from deft_plugin.ops.gradients import Gradients
+    from deft_plugin.ops.plan import Plan
     from deft_plugin.ops.projection import LogitsTransform, Operands
     from deft_plugin.ops.sums import StatisticsRequest
-    from deft_plugin.ops.tiles import FoldedTiles, Head, default_tile_rows
+    from deft_plugin.ops.tiles import default_tile_rows
 
     def tensor(*shape: int) -> Any:
         return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
 
     count, vocab_size, hidden_size = case["count"], case["vocab_size"], case["hidden_size"]
     operands = Operands(tensor(count, hidden_size), tensor(vocab_size, hidden_size))
-    head = Head(
+    plan = Plan(
         objective=build_objective("nll"),
         transform=LogitsTransform(),
         request=StatisticsRequest(**case["statistics"]),
@@ -83,9 +85,9 @@ def walk(case: dict[str, Any]) -> None:
         path="quack",
     )
     wanted = frozenset({"hidden", "weight"} if case["trainable"] else {"hidden"})
-    gradients = Gradients(operands, head, wanted)
-    tiles = FoldedTiles(operands, head)
-    for tile in tiles(form_error=not case["evaluation"]):
+    gradients = Gradients(operands, plan, wanted)
+    tiles = FoldedTiles(operands, plan)
+    for tile in tiles(write_error=not case["evaluation"]):
         if not case["evaluation"]:
             gradients.add(tile, torch.ones(tile.row_factor.numel(), device="cuda"), tiles)
     tiles.statistics()
@@ -211,7 +213,7 @@ def described(
 
 
 def quacks_own_launches() -> Iterator[dict[str, Any]]:
-    """What QuACK's own loss launches for 2,048 tokens in chunks of 1,024, with a trainable head; as `compile_all`."""
+    """What QuACK's own loss launches for 2,048 tokens in chunks of 1,024, with a trainable lm_head; as `compile_all`."""
     import torch
     from quack import linear_cross_entropy
     from quack.epilogue.frontend import EpiMod

@@ -37,11 +37,11 @@ def exponentials(
     assert width % STRIP_COLUMNS == 0
     assert targets.shape == (count,)
     logits = hidden.float() @ weight.float().T
-    tiles = logits.unflatten(1, (-1, width))
-    maxima = tiles.amax(2)
+    blocks = logits.unflatten(1, (-1, width))
+    maxima = blocks.amax(2)
     exponents = (maxima * LOG2_E).round()
     # One multiply-add, rounded once.
-    difference = (tiles.double() * LOG2_E - exponents.double().unsqueeze(2)).float()
+    difference = (blocks.double() * LOG2_E - exponents.double().unsqueeze(2)).float()
     power = difference.exp2()
     if powers is not None:
         assert powers.shape == logits.shape

@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from deft_plugin.ops import quack_tiles
-from deft_plugin.ops.quack_sums import sums_and_error_, tile_scales
+from deft_plugin.ops.quack_sums import block_scales, sums_and_error_
 from deft_plugin.ops.sums import StatisticsRequest, Sums, empty_sums, statistics_of_sums
 
 from . import quack_emulation
@@ -35,7 +35,7 @@ from .cases import (
 )
 
 COUNT = 90
-# Widths of a tile: 192, 256 and 128.
+# Widths of a block: 192, 256 and 128.
 VOCABULARIES = [384, 512, 640]
 # Exponentials in bfloat16, 2^-9 each, and hidden states times gate in bfloat16.
 GRADIENT_ERROR = 5e-3
@@ -84,7 +84,7 @@ def test_every_objective_has_the_formulas_gradients(
     assert largest_error(gradients(actual.loss, case), expected_gradients) < GRADIENT_ERROR
 
 
-# 128 and 256 are one tile a row.
+# 128 and 256 are one block a row.
 @pytest.mark.parametrize("vocab_size", [128, 256, *VOCABULARIES])
 @pytest.mark.parametrize(("count", "tile_rows"), [(COUNT, None), (COUNT, 50), (180, 128)])
 def test_tiles_of_any_size_have_the_formulas_gradients(
@@ -183,7 +183,7 @@ def one_hot_case(margins: list[float], other: int, vocab_size: int = 384) -> tup
 
 @pytest.mark.parametrize("other", [100, 300])
 def test_what_is_left_of_a_certain_token_does_not_cancel(emulated: Any, other: int) -> None:
-    """With the rest of the probability in the target's own tile and in another; 1 - p from 1 to 1e-26."""
+    """With the rest of the probability in the target's own block and in another; 1 - p from 1 to 1e-26."""
     margins = [float(margin) for margin in range(0, 65, 2)]
     case, exact = one_hot_case(margins, other)
     actual, expected = gated("quack", case, "nll"), gated("reference", exact, "nll")
@@ -219,7 +219,7 @@ def test_a_sum_that_was_rounded_down_leaves_nothing_negative(emulated: Any) -> N
 
 @pytest.mark.parametrize("margin", [-50.0, -90.0, -200.0, -1000.0])
 def test_a_target_far_below_the_largest_logit(emulated: Any, margin: float) -> None:
-    """Its tile is so far below that neither it nor its entry has room in bfloat16 at one scale."""
+    """Its block is so far below that neither it nor its entry has room in bfloat16 at one scale."""
     case, exact = one_hot_case([0.0, 0.0], other=300)
     hidden = case.hidden.detach().clone()
     hidden[:, :192] += margin
@@ -281,7 +281,7 @@ def test_the_error_is_what_quacks_own_glue_makes_of_it(
     case, _ = bfloat16_case(128, vocab_size, logit_std=(0.1, 8.0))
     hidden, weight = case.hidden.detach(), case.weight.detach()
     targets = case.targets.clamp(min=0)
-    width = quack_tiles.tile_width(vocab_size, quack_tiles.HOPPER_WIDTHS)
+    width = quack_tiles.block_width(vocab_size, quack_tiles.HOPPER_WIDTHS)
     powers = torch.empty(128, vocab_size, dtype=torch.bfloat16)
     partials = quack_emulation.exponentials(
         powers, hidden, weight, targets, width, StatisticsRequest()
@@ -303,7 +303,7 @@ def test_the_error_is_what_quacks_own_glue_makes_of_it(
         width,
     )
     sums_and_error_(sums, partials, targets, width, StatisticsRequest(), powers)
-    strips = quack_tiles._strips(tile_scales(partials.exponents, torch.bfloat16), width)
+    strips = quack_tiles._strips(block_scales(partials.exponents, torch.bfloat16), width)
     statistics = statistics_of_sums(sums, vocab_size, StatisticsRequest())
     assert torch.equal(strips, their_strips)
     torch.testing.assert_close(-statistics.log_p, loss, rtol=1e-5, atol=1e-5)

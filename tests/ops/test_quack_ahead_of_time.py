@@ -57,13 +57,13 @@ def least_fused(target: str, report: dict[str, Any]) -> float:
     """Multiply-adds of a thread: of the exponent and of each sum but the first, which is an addition."""
     logits = report["options"]["tile_N"]
     if target == "sm_100a" or not report["options"]["pingpong"]:
-        # Two at a time on Blackwell; two groups of threads for one tile on Hopper.
+        # Two at a time on Blackwell; two groups of threads for one block on Hopper.
         logits /= 2
     return 0.9 * logits * (len(report["sums"]) - 1)
 
 
 def check_as_quacks_own(reports: list[dict[str, Any]], quacks_own: list[dict[str, Any]]) -> None:
-    """The launches of QuACK's own loss are among ours, with the same operands, tiles and clusters."""
+    """The launches of QuACK's own loss are among ours, with the same operands, blocks and clusters."""
     assert len(quacks_own) == 6
     product, dx, first_dw, *_, later_dw = quacks_own
     assert (product["sums"], later_dw["keep"]) == (["sum_exp", "target_logit"], True)

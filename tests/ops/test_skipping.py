@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deft_plugin import linear_gated_loss
 from deft_plugin.ops import skipping
+from deft_plugin.ops.fold import TargetEntry
 from deft_plugin.ops.skipping import column_masses, what_earns
-from deft_plugin.ops.softmax import TargetEntry
 
 from .cases import DEVICE, TILED_PATHS, Case, gated, gradients, largest_error, random_case
 from .test_costs import Recorder

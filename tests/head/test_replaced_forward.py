@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaptionPromptConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Phi3ForCausalLM, PreTrainedModel
 
 from deft_plugin import GatedCausalLMOutput, add_gated_head, gated_head_of
@@ -192,3 +193,17 @@ def test_a_model_with_a_head_is_saved_and_loaded_as_any_other(
     assert gated_head_of(loaded) is None
     add_gated_head(loaded)
     assert_like_formula(loaded, loss, expected, batch)
+
+
+def test_a_wrapper_that_keeps_the_old_forward_is_given_the_new_one(batch: Batch) -> None:
+    """PEFT's AdaptionPromptModel binds its base model's forward when it is made."""
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    model = get_peft_model(tiny_model("llama"), config)
+    own = model(**batch)
+
+    head = add_gated_head(model, "p")
+    output = model(**batch)
+
+    assert output.loss.item() == pytest.approx((1 - output.log_p.exp())[output.label_mask].mean())
+    head.remove()
+    assert torch.equal(model(**batch).loss, own.loss)

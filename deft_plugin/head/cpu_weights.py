@@ -1,4 +1,4 @@
-"""A guard for 4-bit models on a CPU."""
+"""4-bit weights on a CPU: kept from being packed for inference, by which training would lose gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def keep_cpu_weights_unpacked(model: nn.Module) -> int:
             raise ValueError(
                 "The model's 4-bit weights have been packed for inference on this CPU by an evaluation or a "
                 "generation, and would lose gradients in training. Load the model again and call "
-                "deft_plugin.quantization.keep_cpu_weights_unpacked(model) before you first use it."
+                "deft_plugin.keep_cpu_weights_unpacked(model) before you first use it."
             )
         setattr(layer, *_unpacked(layer))
     return len(layers)

@@ -1,13 +1,15 @@
-"""Every way a gated model may be called: arguments, modes, precisions."""
+"""Every way a gated model may be called: arguments, modes, precisions; and what it says of its loss."""
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from deft_plugin import GatedCausalLMOutput, GatedLoss, add_gated_head, build_objective
 
@@ -19,6 +21,7 @@ from .oracle import (
     formula_loss,
     gradients,
     make_batch,
+    without_labels,
 )
 
 
@@ -310,3 +313,42 @@ def test_bytes_are_labels_too(model: PreTrainedModel) -> None:
     assert torch.equal(
         model(input_ids=ids, labels=ids.byte()).loss, model(input_ids=ids, labels=ids).loss
     )
+
+
+def test_logits_that_are_not_there_say_why(batch: Batch) -> None:
+    model = tiny_model("llama")
+    add_gated_head(model)
+    with pytest.raises(AttributeError, match=r"no logits\. Call the model without labels"):
+        _ = model(**batch).logits
+
+
+def test_an_evaluation_by_another_trainer_says_that_its_predictions_are_no_logits(
+    batch: Batch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    add_gated_head(model)
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = Trainer(model, arguments, eval_dataset=rows)
+    with caplog.at_level(logging.WARNING, "deft_plugin"):
+        trainer.evaluate()
+        trainer.predict(rows)
+    assert len(caplog.records) == 1
+    assert "predictions are no logits" in caplog.text
+
+
+def test_a_loss_outside_the_trainer_is_said_to_be_no_nll_once(
+    batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    head = add_gated_head(model)
+    with caplog.at_level(logging.WARNING, "deft_plugin"):
+        model(**batch)
+        with head.observed_by(lambda gated: None):
+            model(**batch)
+        assert not caplog.records
+        model(**without_labels(batch))
+        assert not caplog.records
+        model(**batch)
+        model(**batch)
+    assert [record.getMessage().count("no perplexity") for record in caplog.records] == [1]

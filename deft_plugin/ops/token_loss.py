@@ -3,16 +3,16 @@
 A gate never touches the vocabulary. One tile of logits at a time becomes the error p - e_y; the tile is
 multiplied at once into the gradients, and the gate is a row scale applied outside. So gradients are formed
 in the forward pass, with one matrix product for the logits, one for the hidden states' gradient and,
-for a trainable head, one for the weight's:
+for a trainable lm_head, one for the weight's:
 
     d hidden = gate * (error @ weight)            the gate may come after the whole batch
     d weight = error.T @ (gate * hidden)          the gate must come first
 
 A low-rank addition to the weight is a second pair of hidden and weight, of few columns, with the same products.
 
-Only where a gate depends on the whole batch and must come first, for a trainable head or for `skip_below`, is
-there a separate pass for the statistics, one product more. A tile is folded by PyTorch's operations (`softmax`) or by a Triton kernel
-(`triton_fold`), or has no logits in the first place (`quack_tiles`); all else is the same.
+Only where a gate depends on the whole batch and must come first, for a trainable lm_head or for `skip_below`, is
+there a separate pass for the statistics, one product more. A tile is folded by PyTorch's operations (`fold`) or by a
+Triton kernel (`triton_fold`), or has no logits in the first place (`quack_tiles`); all else is the same.
 """
 
 from __future__ import annotations
@@ -23,65 +23,66 @@ import torch
 from torch import Tensor
 
 from ..objectives import TokenStatistics
+from .folded_tiles import FoldedTiles
 from .gradients import PER_TOKEN, Gradients
+from .plan import Plan
 from .projection import Operands
-from .tiles import FoldedTiles, Head
 
 
-def chunked_token_loss(
-    operands: Operands, head: Head
+def tiled_token_loss(
+    operands: Operands, plan: Plan
 ) -> tuple[Tensor, Tensor, TokenStatistics, Tensor, Tensor | None]:
     """Sum of losses (), losses (n,), statistics, gates (n,) and skipped shares (n,) of the valid tokens.
 
     The sum and the losses are differentiable in the operands. Backward through the sum only
-    scales the gradients that exist; so does backward through the losses where the head is frozen or
-    all upstream gradients are equal. Otherwise the head's own gradients are formed again.
+    scales the gradients that exist; so does backward through the losses where the lm_head is frozen or
+    all upstream gradients are equal. Otherwise the weights' gradients are formed again.
     """
     wanted = frozenset(
         name
         for name, tensor in operands._asdict().items()
         if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
     )
-    total, losses, gate, skipped, *values = _ChunkedTokenLoss.apply(head, wanted, *operands)
-    return total, losses, TokenStatistics.of_tensors(head.vocab_size, *values), gate, skipped
+    total, losses, gate, skipped, *values = _TiledTokenLoss.apply(plan, wanted, *operands)
+    return total, losses, TokenStatistics.of_tensors(plan.vocab_size, *values), gate, skipped
 
 
-class _ChunkedTokenLoss(torch.autograd.Function):
+class _TiledTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, head: Head, wanted: frozenset[str], *tensors: Tensor
+        ctx: Any, plan: Plan, wanted: frozenset[str], *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         operands = Operands(*tensors)
         with torch.autocast(operands.hidden.device.type, enabled=False):
-            operands = operands.with_weights_in(head.product_dtype)
-            gradients = Gradients(operands, head, wanted)
-            tiles = FoldedTiles(operands, head)
-            need_gate = gradients.need_gate or (gradients.wanted and head.skip_below > 0)
-            gate_first = need_gate and head.objective.couples_tokens
+            operands = operands.with_weights_in(plan.product_dtype)
+            gradients = Gradients(operands, plan, wanted)
+            tiles = FoldedTiles(operands, plan)
+            need_gate = gradients.need_gate or (gradients.wanted and plan.skip_below > 0)
+            gate_first = need_gate and plan.objective.couples_tokens
             gates = []
-            form_error = gradients.wanted and not gate_first
-            for tile in tiles(form_error):
-                if form_error:
+            write_error = gradients.wanted and not gate_first
+            for tile in tiles(write_error):
+                if write_error:
                     if need_gate:
-                        gates.append(head.objective.gate(tiles.statistics(tile.positions)))
+                        gates.append(plan.objective.gate(tiles.statistics(tile.positions)))
                     gradients.add(tile, gates[-1] if need_gate else None, tiles)
             del tile
             statistics = tiles.statistics()
             # On a copy, since an objective may change what it is given.
-            losses = head.objective.loss(statistics.log_p, statistics.clone())
-            gate = torch.cat(gates) if gates else head.objective.gate(statistics)
+            losses = plan.objective.loss(statistics.log_p, statistics.clone())
+            gate = torch.cat(gates) if gates else plan.objective.gate(statistics)
             if gate_first:
-                for tile in tiles(form_error=True):
+                for tile in tiles(write_error=True):
                     gradients.add(tile, gate[tile.positions], tiles)
-            if head.shard is not None:
+            if plan.shard is not None:
                 for gradient in (gradients.hidden, gradients.low_rank_hidden):
                     if gradient is not None:
-                        head.shard.sum_(gradient)
+                        plan.shard.sum_(gradient)
         saved = tensors if gradients.need_gate else [None] * len(tensors)
-        row_scale = gate * tiles.sums[-1] * head.transform.scale
+        row_scale = gate * tiles.sums[-1] * plan.transform.scale
         ctx.save_for_backward(gate, row_scale, *gradients.tensors(), *saved)
-        ctx.head, ctx.wanted, ctx.row_count = head, wanted, operands.hidden.size(0)
+        ctx.plan, ctx.wanted, ctx.row_count = plan, wanted, operands.hidden.size(0)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         values = statistics.tensors()
         skipped = gradients.skipped
@@ -97,7 +98,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         gate, row_scale, *saved = ctx.saved_tensors
         count = len(Operands._fields)
         gradients, tensors = saved[:count], saved[count:]
-        head: Head = ctx.head
+        plan: Plan = ctx.plan
         if total_gradient is None and loss_gradients is None:
             return None, None, *(None for _ in gradients)
         # One number when every token has the same upstream gradient, else one per token.
@@ -109,7 +110,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
                 if upstream.numel() and bool((upstream == upstream[0]).all()):
                     upstream = upstream[0]
                 elif upstream.numel():
-                    again = _weighted_again(Operands(*tensors), head, ctx.wanted, gate * upstream)
+                    again = _weighted_again(Operands(*tensors), plan, ctx.wanted, gate * upstream)
                     gradients = [
                         gradient if formed is None else formed
                         for gradient, formed in zip(gradients, again, strict=True)
@@ -124,10 +125,10 @@ class _ChunkedTokenLoss(torch.autograd.Function):
             return gradient.mul_(scale) if in_place else gradient * scale
 
         def of_all_rows(gradient: Tensor) -> Tensor:
-            if head.rows is None:
+            if plan.rows is None:
                 return gradient
             full = gradient.new_zeros(ctx.row_count, gradient.size(1))
-            return full.index_copy_(0, head.rows, gradient)
+            return full.index_copy_(0, plan.rows, gradient)
 
         row_scale = (row_scale * upstream).unsqueeze(1)
         if upstream.dim() == 1:
@@ -159,22 +160,22 @@ def refuse_second_derivative() -> None:
 
 
 def _weighted_again(
-    operands: Operands, head: Head, wanted: frozenset[str], token_weight: Tensor
+    operands: Operands, plan: Plan, wanted: frozenset[str], token_weight: Tensor
 ) -> list[Tensor | None]:
-    """The head's gradients for a gate times upstream gradient that differs between tokens.
+    """The weights' gradients for a gate times upstream gradient that differs between tokens.
 
     In the order of `Operands`; None for hidden states.
     """
-    if operands.weight.size(0) == 0 and head.shard is None:
+    if operands.weight.size(0) == 0 and plan.shard is None:
         raise RuntimeError(
             "Upstream gradients that differ between tokens need the lm_head's weight in the "
             "backward pass, where it is partitioned away (ZeRO-3). Use the scalar `loss`, or weight "
             "tokens in an objective of your own."
         )
     with torch.autocast(operands.hidden.device.type, enabled=False):
-        operands = operands.with_weights_in(head.product_dtype)
-        gradients = Gradients(operands, head, wanted - PER_TOKEN)
-        tiles = FoldedTiles(operands, head)
-        for tile in tiles(form_error=True):
+        operands = operands.with_weights_in(plan.product_dtype)
+        gradients = Gradients(operands, plan, wanted - PER_TOKEN)
+        tiles = FoldedTiles(operands, plan)
+        for tile in tiles(write_error=True):
             gradients.add(tile, token_weight[tile.positions], tiles)
     return gradients.tensors()

@@ -1,4 +1,4 @@
-"""Adapters on the lm_head and beside it, and lm_heads that are quantised: the formula on the layer's own logits."""
+"""Adapters on the lm_head and beside it: the formula on the layer's own logits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from deft_plugin import add_gated_head
 
 from ..tiny import tiny_model
-from .oracle import Batch, assert_like_formula, formula_loss, gradients, make_batch
+from .oracle import (
+    Batch,
+    assert_equals_formula,
+    assert_like_formula,
+    formula_loss,
+    gradients,
+    make_batch,
+)
 from .test_architectures import LargestTensor
 
 TASK = "CAUSAL_LM"
@@ -40,13 +47,6 @@ def lora(*targets: str, **options: Any) -> LoraConfig:
 def with_adapter(config: PeftConfig, base: PreTrainedModel) -> PeftModel:
     torch.manual_seed(0)
     return get_peft_model(base, config).double()
-
-
-def assert_equals_formula(model: Any, batch: Batch, objective: str = "deft") -> None:
-    loss = formula_loss(model, batch, objective)
-    expected = gradients(model, loss)
-    add_gated_head(model, objective)
-    assert_like_formula(model, loss, expected, batch)
 
 
 @pytest.mark.parametrize("objective", ["deft", "cayley_trans", "nll"])
@@ -200,29 +200,6 @@ def test_lora_on_tied_embeddings_trains_in_lm_head_too(batch: Batch) -> None:
     assert_equals_formula(model, batch)
 
 
-@pytest.mark.parametrize("quant_storage", [torch.uint8, torch.bfloat16])
-def test_a_4_bit_lm_head_is_made_whole_in_each_forward(
-    quant_storage: torch.dtype, batch: Batch
-) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = tiny_model("llama", hidden_size=64)
-    layer = bitsandbytes.nn.Linear4bit(
-        64,
-        128,
-        bias=False,
-        quant_type="nf4",
-        quant_storage=quant_storage,
-        compute_dtype=torch.float32,
-    )
-    layer.load_state_dict({"weight": model.lm_head.weight.detach().clone()})
-    model.lm_head = layer.to("cpu")
-    layer.support_avx512bf16_for_cpu = False
-    loss = formula_loss(model, batch)
-    expected = gradients(model, loss)
-    add_gated_head(model)
-    assert_like_formula(model, loss, expected, batch, tolerance=1e-4)
-
-
 def test_lora_on_a_4_bit_lm_head(batch: Batch) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = tiny_model("llama", hidden_size=64)
@@ -237,54 +214,3 @@ def test_lora_on_a_4_bit_lm_head(batch: Batch) -> None:
     expected = gradients(model, loss)
     add_gated_head(model)
     assert_like_formula(model, loss, expected, batch, tolerance=1e-4)
-
-
-def test_an_8_bit_lm_head_is_near_the_layers_own_logits(batch: Batch) -> None:
-    """Its own forward rounds hidden states to 8 bits too."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = tiny_model("llama", hidden_size=64)
-    layer = bitsandbytes.nn.Linear8bitLt(64, 128, bias=False, has_fp16_weights=False)
-    layer.load_state_dict({"weight": model.lm_head.weight.detach().clone()})
-    model.lm_head = layer.to("cpu")
-    loss = formula_loss(model, batch)
-    add_gated_head(model)
-    torch.testing.assert_close(model(**batch).loss.double(), loss, rtol=0.02, atol=0)
-
-
-def test_a_fake_quantised_lm_head_is_scored_as_it_rounds(batch: Batch) -> None:
-    """torchao's quantisation-aware training, as Axolotl's `qat` sets it up."""
-    quantization = pytest.importorskip("torchao.quantization")
-    qat = pytest.importorskip("torchao.quantization.qat")
-    model = tiny_model("llama", hidden_size=64)
-    config = qat.QATConfig(
-        weight_config=qat.IntxFakeQuantizeConfig(torch.int4, group_size=32),
-        activation_config=qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
-        step="prepare",
-    )
-    quantization.quantize_(model, config)
-    assert type(model.lm_head) is not nn.Linear
-    loss = formula_loss(model, batch)
-    expected = gradients(model, loss)
-    add_gated_head(model)
-    assert_like_formula(model, loss, expected, batch, tolerance=1e-4)
-
-
-def test_a_linear_layer_of_an_unknown_class_is_compared(batch: Batch) -> None:
-    class Scaled(nn.Linear):
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            return super().forward(hidden_states) * 2
-
-    class Same(nn.Linear):
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-            return super().forward(hidden_states)
-
-    for kind in (Scaled, Same):
-        model = tiny_model("llama").double()
-        layer = kind(32, 128, bias=False).double()
-        layer.weight = model.lm_head.weight
-        model.lm_head = layer
-        if kind is Same:
-            assert_equals_formula(model, batch)
-        else:
-            with pytest.raises(ValueError, match="a Scaled, gives other logits than its weight"):
-                add_gated_head(model)

@@ -11,8 +11,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from deft_plugin import add_gated_head
-from deft_plugin.quantization import keep_cpu_weights_unpacked
+from deft_plugin import add_gated_head, keep_cpu_weights_unpacked
 
 from ..tiny import tiny_model
 from .oracle import assert_same_gradients, formula_loss, gradients, make_batch

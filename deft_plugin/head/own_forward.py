@@ -1,88 +1,41 @@
 """The model's own forward, run with stand-ins: it does everything but build logits.
 
-For as long as a gated forward runs, the lm_head's place in the model is taken by a module that keeps the hidden
-states it is handed and returns a few numbers in place of logits, and the place of the loss function by one
-that scores those hidden states. Whatever else the forward does, it does itself: images and audio,
-multipliers, layers between backbone and lm_head, which labels count, the auxiliary loss of a mixture of experts.
+For as long as a gated forward runs, stand-ins are in the places of the lm_head and of the loss function (`stand_ins`).
+Whatever else the forward does, it does itself: images and audio, multipliers, layers between backbone and lm_head,
+which labels count, the auxiliary loss of a mixture of experts.
 
-What the forward does to logits is measured, not read off the configuration (`measurement`): in the first forward, and
-in the first after anything has changed that it could depend on.
+What the forward does to logits and in its loss is measured, not read off the configuration (`measurement`, `own_loss`):
+in the first forward, and in the first after anything has changed that it could depend on.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .lm_head import innermost, lm_head_device, lm_head_of, lm_head_width
-from .measurement import (
-    PROBE_SHAPE,
-    UnknownForwardError,
+from ..ops import GatedLoss
+from .auxiliary_loss import with_auxiliary_loss
+from .labels import Labels
+from .lm_head import lm_head_device, lm_head_of, lm_head_width
+from .measurement import PROBE_SHAPE, Measurement, UnknownForwardError, measure, probe_of, state_of
+from .own_loss import (
     auxiliary_coefficient,
     check_loss,
     check_loss_functions,
     check_same_logits,
     cross_entropy,
     drops_masked_labels,
-    measure,
-    probe_of,
 )
-from .ops import GatedLoss
-from .ops.projection import LogitsTransform
-from .substitution import attribute_of, child_of
+from .stand_ins import LmHeadStandIn, LossStandIn, models_around, places_of, standing_in
 
 # States whose measurements are kept: a trainer goes back and forth between training and evaluation.
 _MOST_STATES = 16
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What a model's own forward does, in one state of the model.
-
-    Args:
-        transform: what it does to its logits.
-        vocab_size: how many of the lm_head's columns it keeps.
-        takes_labels: whether it leaves the loss to `loss_function` when it is given labels. Otherwise it is
-            run without them, and a mixture's auxiliary loss is added here.
-        auxiliary_coefficient: of that auxiliary loss; None where it had none.
-        drops_masked_labels: whether its loss leaves out labels where attention_mask is 0.
-    """
-
-    transform: LogitsTransform = field(default_factory=LogitsTransform)
-    vocab_size: int = 0
-    takes_labels: bool = True
-    auxiliary_coefficient: float | None = None
-    drops_masked_labels: bool = False
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What hidden states (batch, sequence, H) are scored on.
-
-    Args:
-        labels: (batch, sequence), the next position's; or
-        shift_labels: (batch, sequence), each position's own.
-        ignore_index: of positions that do not count.
-    """
-
-    labels: Tensor | None
-    shift_labels: Tensor | None
-    ignore_index: int
-
-    @property
-    def given(self) -> Tensor:
-        """Either of the two."""
-        tensor = self.labels if self.shift_labels is None else self.shift_labels
-        assert tensor is not None
-        return tensor
-
 
 # Of the lm_head, the hidden states that it was given, what to score them on, and whether the layer is still to be
 # compared with its weight.
@@ -102,12 +55,12 @@ class OwnForward:
         self._state: tuple[Any, ...] = ()
         self._places: list[str] = []
         self._options: dict[str, Any] = {}
-        self._stand_in = _StandIn()
-        self._loss = _Loss()
+        self._stand_in = LmHeadStandIn()
+        self._loss = LossStandIn()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has an lm_head of its own.
-        return {**vars(self), "_stand_in": _StandIn(), "_loss": _Loss(), "_states": {}}
+        return {**vars(self), "_stand_in": LmHeadStandIn(), "_loss": LossStandIn(), "_states": {}}
 
     def called_lm_head(self) -> bool:
         """Whether the forward that ran last, or failed, got as far as its lm_head."""
@@ -138,10 +91,10 @@ class OwnForward:
         """
         # Looked up on each call: PEFT and FSDP may have replaced it, or put an adapter on it.
         layer = lm_head_of(model)
-        state = _state_of(model, layer)
+        state = state_of(model, layer)
         known = self._states.get(state)
         if known is None:
-            self._places = _places_of(model, layer)
+            self._places = places_of(model, layer)
             self._options = _options_of(forward)
             # What its own loss does besides is no matter of state.
             self.measured = replace(self.measured, takes_labels=True)
@@ -233,7 +186,9 @@ class _Run:
             else torch.zeros(1, 1, width, device=device)
         )
         self.functions = (
-            [part.loss_function for part in _around(model, own._places)] if self.measuring else []
+            [part.loss_function for part in models_around(model, own._places)]
+            if self.measuring
+            else []
         )
         self.gated, self.refusal = None, None
         self.stand_in.begin(self.layer, probe, self.measuring)
@@ -286,16 +241,10 @@ class _Run:
             check_loss(model, output.loss, counted, output, probe)
         self._forget_labels()
         labels = self.labels
-        mask = self.arguments.get("attention_mask")
-        if (
-            self.own.measured.drops_masked_labels
-            and labels.labels is not None
-            and isinstance(mask, Tensor)
-            and mask.shape == labels.labels.shape
-        ):
-            without = labels.labels.masked_fill(mask == 0, labels.ignore_index)
-            labels = replace(labels, labels=without)
-        return self._with_auxiliary_loss(self._score_once(logits, labels).loss, output)
+        if self.own.measured.drops_masked_labels:
+            labels = labels.without_masked(self.arguments.get("attention_mask"))
+        loss = self._score_once(logits, labels).loss
+        return with_auxiliary_loss(model, loss, output, self.own.measured.auxiliary_coefficient)
 
     def _forget_labels(self) -> None:
         self.own.measured = replace(self.own.measured, takes_labels=False)
@@ -329,115 +278,6 @@ class _Run:
             return self.labels
         return labels
 
-    def _with_auxiliary_loss(self, loss: Tensor, output: Any) -> Tensor:
-        """`loss` with a mixture's load-balancing loss, for a forward that was not given labels."""
-        aux_loss = getattr(output, "aux_loss", None)
-        if not isinstance(aux_loss, Tensor):
-            return loss
-        coefficient = self.own.measured.auxiliary_coefficient
-        if coefficient is None:
-            coefficient = getattr(self.model, "router_aux_loss_coef", None)
-        if coefficient is None:
-            coefficient = self.model.config.router_aux_loss_coef
-        return loss + float(coefficient) * aux_loss.to(loss.device)
-
-
-class _StandIn(nn.Module):
-    """In the lm_head's place: keeps what it is given, returns `logits`, and else passes for the layer.
-
-    One object for all forwards: torch.compile traces a module that is another each time anew.
-    """
-
-    def begin(self, layer: Any, logits: Tensor, recording: bool) -> None:
-        """Stand in for `layer`, and return `logits`; `recording` what becomes of them for autograd."""
-        # Not a child and not a buffer: they are no part of the model.
-        self.__dict__.update(
-            layer=layer, logits=logits, recording=recording, hidden_states=[], grad_modes=[]
-        )
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._keep(hidden_states)
-        # Unsloth's forwards scale logits in place.
-        logits: Tensor = self.logits.clone()
-        return logits
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _keep(self, hidden_states: Tensor) -> None:
-        self.hidden_states.append(hidden_states)
-        self.grad_modes.append(torch.is_grad_enabled())
-        if self.recording:
-            torch.set_grad_enabled(True)
-
-    def handed(self, model: nn.Module, with_gradients: bool) -> Tensor:
-        """The hidden states that the lm_head was given."""
-        if len(self.hidden_states) != 1:
-            times = len(self.hidden_states)
-            raise UnknownForwardError(model, f"calls its lm_head {times} times in one pass")
-        if with_gradients and not self.grad_modes[0]:
-            raise UnknownForwardError(
-                model,
-                "calls its lm_head where no gradients are recorded (in a reentrant checkpoint, for one), so that nothing "
-                "before it would train",
-            )
-        hidden_states: Tensor = self.hidden_states[0]
-        return hidden_states
-
-    def __getattr__(self, name: str) -> Any:
-        # Forwards ask their lm_head for its weight's dtype.
-        if name == "hidden_states":
-            return []
-        if "layer" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.__dict__["layer"], name)
-
-
-class _Loss:
-    """In the place of `loss_function`: keeps the logits it is given, and returns the score's loss."""
-
-    def __init__(self) -> None:
-        self.logits: Any = None
-        self._score: Callable[[Any, Labels | None], GatedLoss] | None = None
-        self._ignore_index = -100
-
-    def begin(
-        self,
-        score: Callable[[Any, Labels | None], GatedLoss] | None = None,
-        ignore_index: int = -100,
-    ) -> None:
-        """Score with this from now on, or with nothing."""
-        self.logits, self._score, self._ignore_index = None, score, ignore_index
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(
-        self,
-        logits: Any,
-        labels: Tensor | None = None,
-        vocab_size: int | None = None,
-        num_items_in_batch: Any = None,
-        ignore_index: int | None = None,
-        shift_labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        assert self._score is not None
-        self.logits = logits
-        if num_items_in_batch is not None:
-            raise ValueError("num_items_in_batch is set by the forward itself")
-        given = None
-        if labels is not None or shift_labels is not None:
-            if ignore_index is None:
-                ignore_index = self._ignore_index
-            given = Labels(labels, shift_labels, ignore_index)
-        return self._score(logits, given).loss
-
-
-def _places_of(model: PreTrainedModel, layer: nn.Module) -> list[str]:
-    """The names under which `layer` is in `model`; {} is no answer, since something must take its place."""
-    modules = model.named_modules(remove_duplicate=False)
-    found = [name for name, module in modules if module is layer]
-    if not found:
-        raise UnknownForwardError(model, "has an lm_head that is no part of the model")
-    return found
-
 
 def _options_of(forward: Callable[..., Any]) -> dict[str, Any]:
     """Arguments with which a forward returns logits in an output, and nothing that is only for generating."""
@@ -457,56 +297,3 @@ def _accepts(forward: Callable[..., Any], name: str) -> bool:
     return name in parameters or any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()
     )
-
-
-def _around(model: PreTrainedModel, places: list[str]) -> list[PreTrainedModel]:
-    """The model, and the models in it that have the lm_head, whose forwards may call it."""
-    names = {""}
-    for place in places:
-        path = place.split(".")[:-1]
-        names.update(".".join(path[: index + 1]) for index in range(len(path)))
-    parts = (model.get_submodule(name) for name in sorted(names))
-    return [part for part in parts if isinstance(part, PreTrainedModel)]
-
-
-@contextmanager
-def standing_in(
-    model: PreTrainedModel, places: list[str], stand_in: nn.Module, loss: Any
-) -> Iterator[None]:
-    """Have the stand-ins in the model: for the lm_head at `places`, and for the losses of what is around it."""
-    with ExitStack() as stack:
-        for part in _around(model, places):
-            stack.enter_context(attribute_of(part, "_loss_function", loss))
-        for config in _configs_of(model):
-            # Where it is False, most forwards fail on what their own backbone returns.
-            stack.enter_context(attribute_of(config, "return_dict", True))
-        for place in places:
-            parent, _, name = place.rpartition(".")
-            stack.enter_context(child_of(model.get_submodule(parent), name, stand_in))
-        yield
-
-
-def _state_of(model: PreTrainedModel, layer: Any) -> tuple[Any, ...]:
-    """What a measurement holds for: a user may change a softcap, PEFT put an adapter on the lm_head."""
-    numbers = tuple(
-        value
-        for owner in (*_configs_of(model), model)
-        for name, value in vars(owner).items()
-        if isinstance(value, int | float)
-        and not name.startswith("_")
-        and name != "accepts_loss_kwargs"
-    )
-    inner = innermost(layer)
-    hooks = (len(inner._forward_pre_hooks), len(inner._forward_hooks))
-    loss_function: Any = model.loss_function
-    loss_function = getattr(loss_function, "__func__", loss_function)
-    return type(layer), len(_modules_inside(layer)), hooks, id(loss_function), numbers
-
-
-def _configs_of(model: PreTrainedModel) -> list[Any]:
-    text = model.config.get_text_config()
-    return [model.config] if text is model.config else [model.config, text]
-
-
-def _modules_inside(layer: Any) -> list[Any]:
-    return list(layer.modules()) if isinstance(layer, nn.Module) else []
