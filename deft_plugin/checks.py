@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,20 @@ def count_tokens(
             full = (ends - starts == max_length) & (ends > starts)
             counts.cut += int((values[ends[full] - 1] != end).sum())
     return counts
+
+
+def data_sets_of(name: str, dataset: Any) -> dict[str, Any]:
+    """A trainer's data set, or each one of a dict, by what messages call it."""
+    if not isinstance(dataset, dict):
+        return {name: dataset}
+    return {f"{name}[{key!r}]": part for key, part in dataset.items()}
+
+
+def check_rows(name: str, dataset: Any) -> None:
+    """Raise `ValueError` for a data set, or one of a dict, without rows."""
+    for each, part in data_sets_of(name, dataset).items():
+        if isinstance(part, Sized) and not len(part):
+            raise ValueError(f"{each} has no rows.")
 
 
 def check_data(
