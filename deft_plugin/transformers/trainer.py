@@ -16,7 +16,7 @@ from transformers import (
     default_data_collator,
 )
 
-from ..checks import check_rows, data_sets_of
+from ..checks import check_rows, data_sets_of, stored_columns
 from ..conflicts import check_other_losses, check_parallelism, check_trainer
 from ..head import causal_lm_of, check_model, gated_head_of
 from ..metrics import is_best_smallest
@@ -127,7 +127,7 @@ def _check_labels(name: str, arguments: Mapping[str, Any]) -> None:
     if not makes_none and type(collator) is not DataCollatorWithPadding:
         return
     for each, dataset in data_sets_of(name, arguments.get(name)).items():
-        columns = getattr(dataset, "column_names", None)
+        columns = stored_columns(dataset)
         if columns and not _LABELS & set(columns):
             raise ValueError(
                 f"{each} has no labels, but the columns {', '.join(columns)}, and data_collator adds none. "
