@@ -29,6 +29,7 @@ logger = logging.getLogger("deft_plugin")
 
 _ARGUMENT_NAMES = list(inspect.signature(Trainer.__init__).parameters)[1:]
 _LABELS = {"labels", "label", "label_ids"}
+_LABELLING = "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them of input_ids."
 
 
 class GatedTrainer(GatedTrainerMixin):
@@ -109,29 +110,29 @@ def _check_conflicts(
         )
     if model is not None:
         check_model(causal_lm_of(model))
+    _check_collator(arguments.get("data_collator"))
     for name in ("train_dataset", "eval_dataset"):
         check_rows(name, arguments.get(name))
-        _check_labels(name, arguments)
+        _check_labels(name, arguments.get(name), arguments.get("data_collator"))
 
 
-def _check_labels(name: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a collator that makes labels of another objective, or none where the data set has none."""
-    collator = arguments.get("data_collator")
-    instead = "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them of input_ids."
+def _check_collator(collator: Any) -> None:
     if getattr(collator, "mlm", False):
         raise ValueError(
-            "data_collator has mlm=True: its labels are masked tokens, and a causal LM's are the next. "
-            f"{instead}"
+            f"data_collator has mlm=True: its labels are masked tokens, and a causal LM's are the next. {_LABELLING}"
         )
+
+
+def _check_labels(name: str, dataset: Any, collator: Any) -> None:
+    """Refuse data without labels where the collator, transformers' default one, makes none."""
     makes_none = collator is None or collator is default_data_collator
     if not makes_none and type(collator) is not DataCollatorWithPadding:
         return
-    for each, dataset in data_sets_of(name, arguments.get(name)).items():
-        columns = stored_columns(dataset)
+    for each, part in data_sets_of(name, dataset).items():
+        columns = stored_columns(part)
         if columns and not _LABELS & set(columns):
             raise ValueError(
-                f"{each} has no labels, but the columns {', '.join(columns)}, and data_collator adds none. "
-                f"{instead}"
+                f"{each} has no labels, but the columns {', '.join(columns)}, and data_collator adds none. {_LABELLING}"
             )
 
 

@@ -110,8 +110,9 @@ def test_coupled_tokens_of_parts_of_sequences(tmp_path: Path, size: str) -> None
 
 
 def test_collators_that_make_other_labels_or_none(tmp_path: Path) -> None:
-    masked = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=True, mlm_probability=0.1)
-    masked.mlm = True
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "<unk>"})
+    masked = DataCollatorForLanguageModeling(tokenizer)
     refuse(arguments(tmp_path), "mlm=True.*mlm=False", data_collator=masked)
     tokens = Dataset.from_list([{"input_ids": row["input_ids"]} for row in make_rows(2)])
     message = r"train_dataset has no labels, but the columns input_ids,.*mlm=False"

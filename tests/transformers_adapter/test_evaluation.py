@@ -103,7 +103,18 @@ def test_a_stream_trains_and_evaluates(tmp_path: Path) -> None:
         formula_mean(qwen3(), rows, "deft").item(), rel=1e-6
     )
     assert trainer.evaluate()["eval_nll"] > 0
-    with pytest.raises(ValueError, match=r"train_dataset gives no batch"):
+
+
+def test_data_that_gives_no_batch(tmp_path: Path) -> None:
+    for options, data in (
+        ({"accelerator_config": {"dispatch_batches": False}}, Stream([])),
+        ({"dataloader_drop_last": True}, make_rows(3)),
+    ):
+        trainer = make_trainer(arguments(tmp_path, **options), data)
+        with pytest.raises(ValueError, match="train_dataset gives no batch"):
+            trainer.train()
+    # Where accelerate reads for all ranks, it says so itself.
+    with pytest.raises(ValueError, match="does not contain any data"):
         make_trainer(arguments(tmp_path), Stream([])).train()
 
 
