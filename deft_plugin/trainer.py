@@ -13,6 +13,7 @@ TRL's, Axolotl's and transformers' own trainers get it by inheritance, before th
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -118,14 +119,16 @@ class GatedTrainerMixin(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        # By name, as Trainer gives them: a trainer after this one may take **kwargs.
+        named = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
         gating = self.gating
         if gating is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, **named)
         check_unchanged(self, gating.head.objective.name)
         # transformers asks Liger's cross-entropy for it, which is switched off.
         inputs.pop("skip_logits", None)
         with scoring_parts(self, num_items_in_batch):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, **named)
 
     def prediction_step(
         self,
@@ -134,18 +137,19 @@ class GatedTrainerMixin(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
+        predict = functools.partial(super().prediction_step, model, ignore_keys=ignore_keys)
         gating, labels = self.gating, inputs.get("labels")
         if gating is None or labels is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        loss_only = prediction_loss_only or not self._predicts_logits
-        logits = None
-        if loss_only and not prediction_loss_only:
-            # Before the loss, for which accelerate cuts sequences in parts in place.
-            unlabelled = without_labels(inputs)
-            _, logits, _ = super().prediction_step(model, unlabelled, False, ignore_keys)
-        with gating.scoring(training=False, rows=own_rows(self, labels), batch=inputs):
-            step = super().prediction_step(model, inputs, loss_only, ignore_keys)
-        return step if logits is None else (step[0], logits, self._prepare_input(labels))
+            return predict(inputs, prediction_loss_only)
+        scoring = gating.scoring(training=False, rows=own_rows(self, labels), batch=inputs)
+        if prediction_loss_only or self._predicts_logits:
+            with scoring:
+                return predict(inputs, prediction_loss_only)
+        # Before the loss, for which accelerate cuts sequences into parts in place.
+        _, logits, _ = predict(without_labels(inputs), False)
+        with scoring:
+            loss, _, _ = predict(inputs, True)
+        return loss, logits, self._prepare_input(labels)
 
     def evaluation_loop(
         self,
@@ -155,12 +159,19 @@ class GatedTrainerMixin(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
+        evaluate = functools.partial(
+            super().evaluation_loop,
+            dataloader,
+            description,
+            prediction_loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
         gating = self.gating
-        arguments = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if gating is None:
-            return super().evaluation_loop(*arguments)
+            return evaluate()
         with gating.evaluating(dataloader):
-            output = super().evaluation_loop(*arguments)
+            output = evaluate()
         means = gating.eval_means(metric_key_prefix, self.args.device)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})

@@ -175,9 +175,11 @@ class Scaled(Trainer):
         super().__init__(*args, **kwargs)
         self.scale = scale
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(*args, **kwargs)
-        return (self.scale * result[0], result[1]) if isinstance(result, tuple) else 2 * result
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return (self.scale * result[0], result[1]) if return_outputs else self.scale * result
 
 
 def test_trainers_of_ones_own_have_the_gated_head_beside_theirs(tmp_path: Path) -> None:
