@@ -145,11 +145,12 @@ class GatedTrainerMixin(Trainer):
         if prediction_loss_only or self._predicts_logits:
             with scoring:
                 return predict(inputs, prediction_loss_only)
-        # Before the loss, for which accelerate cuts sequences into parts in place.
+        # Before the loss, for which accelerate cuts sequences, labels too, into parts in place.
         _, logits, _ = predict(without_labels(inputs), False)
+        labels = self._prepare_input(labels.clone())
         with scoring:
             loss, _, _ = predict(inputs, True)
-        return loss, logits, self._prepare_input(labels)
+        return loss, logits, labels
 
     def evaluation_loop(
         self,
