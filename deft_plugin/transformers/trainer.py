@@ -35,8 +35,8 @@ _LABELLING = "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them o
 class GatedTrainer(GatedTrainerMixin):
     """`transformers.Trainer` whose loss is an objective of a causal LM's next tokens, computed without logits.
 
-    A drop-in for `Trainer`: all its arguments and methods work as they are documented there, and so do trainers that
-    inherit from it (`class Mine(GatedTrainer, MyTrainer)`). The loss is the sum over the optimizer step's tokens on
+    A drop-in for `Trainer`: all its arguments and methods work as they are documented there. It can be inherited from,
+    also beside a trainer of one's own (`class Mine(GatedTrainer, MyTrainer)`). The loss is the sum over the optimizer step's tokens on
     all ranks divided by their number. The log, and what `evaluate` and `predict` return, have the metrics of
     `deft_plugin.metrics.METRICS`. `compute_metrics` and `predict` get logits from a forward pass more, without labels.
     The model keeps its gated head: after training too, `model(..., labels=...).loss` is the objective, until
@@ -63,7 +63,7 @@ class GatedTrainer(GatedTrainerMixin):
         args: TrainingArguments | None = None,
         *others: Any,
         loss_type: str | Objective = "deft",
-        loss_kwargs: Mapping[str, Any] | str | None = None,
+        loss_kwargs: dict[str, Any] | str | None = None,
         **kwargs: Any,
     ) -> None:
         core, training, parameters = split_parameters(parse_parameters(loss_kwargs))
