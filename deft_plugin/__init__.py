@@ -3,6 +3,7 @@
 deft_plugin.register()                          # TRL: SFTConfig(loss_type="deft")
 from deft_plugin.trl import SFTConfig, SFTTrainer    # the same without touching TRL's classes
 
+GatedTrainer(model, args, loss_type="deft")     # transformers.Trainer with a gated head
 add_gated_head(model, "deft")                   # any Hugging Face causal LM
 linear_gated_loss(hidden, weight, targets)      # the loss itself, without logits
 gated_loss(logits, targets)                     # the loss of logits you have
@@ -31,6 +32,7 @@ __all__ = [
     "GatedCausalLMOutput",
     "GatedHead",
     "GatedLoss",
+    "GatedTrainer",
     "LogitsLoss",
     "Objective",
     "TokenStatistics",
@@ -56,6 +58,7 @@ _LAZY = {
     "add_gated_head": "head",
     "gated_head_of": "head",
     "keep_cpu_weights_unpacked": "head",
+    "GatedTrainer": "transformers",
     "LogitsLoss": "transformers",
     "register": "trl",
     "unregister": "trl",

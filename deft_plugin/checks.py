@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,27 @@ def count_tokens(
     return counts
 
 
+def data_sets_of(name: str, dataset: Any) -> dict[str, Any]:
+    """A trainer's data set, or each one of a dict, by what messages call it."""
+    if not isinstance(dataset, dict):
+        return {name: dataset}
+    return {f"{name}[{key!r}]": part for key, part in dataset.items()}
+
+
+def stored_columns(dataset: Any) -> list[str]:
+    """The columns of a `datasets.Dataset`; none where a transform makes other rows of those that are stored."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return []
+    return dataset.column_names or []
+
+
+def check_rows(name: str, dataset: Any) -> None:
+    """Raise `ValueError` for a data set, or one of a dict, without rows."""
+    for each, part in data_sets_of(name, dataset).items():
+        if isinstance(part, Sized) and not len(part):
+            raise ValueError(f"{each} has no rows.")
+
+
 def check_data(
     name: str,
     dataset: Any,
@@ -164,10 +185,8 @@ def check_data(
         ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary; columns of
             another type, or of unequal lengths.
     """
-    if not isinstance(dataset, Dataset) or "input_ids" not in (dataset.column_names or []):
+    if "input_ids" not in stored_columns(dataset):
         return
-    if dataset.format["type"] == "custom":
-        return  # A transform, which makes other rows of those that are stored.
     sizes = {
         column: size
         for column, size in _vocabulary_sizes(model).items()

@@ -26,8 +26,17 @@ METRICS = {
 SKIPPING_METRICS = {
     "skipped_share": "share of the gradients' products, tokens times vocabulary, that was left out",
 }
+_LOWER_IS_BETTER = ("nll", "perplexity")
 # Of one forward pass, besides the histograms' counts.
 _SUMS = 14
+
+
+def is_best_smallest(metric: str | None) -> bool:
+    """Whether a `metric_for_best_model` is one of these whose smallest value is the best.
+
+    transformers takes every metric whose name does not end in "loss" for a score.
+    """
+    return (metric or "").rpartition("_")[2] in _LOWER_IS_BETTER
 
 
 class TokenMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,22 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.histograms, bool):
             raise ValueError(f"histograms is {self.histograms!r}; it must be true or false.")
+
+
+def parse_parameters(parameters: Any) -> dict[str, Any]:
+    """`loss_kwargs` as a dict, from one or from JSON text of one; {} for None.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(parameters, str):
+        try:
+            parameters = json.loads(parameters)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"loss_kwargs={parameters!r} is not JSON: {error}.") from None
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ValueError(f"loss_kwargs={parameters!r} must be a dict or JSON text of one.")
+    return parameters or {}
 
 
 def split_parameters(
@@ -86,6 +103,12 @@ class GatedTraining(TrainerCallback):
         # The data sets whose next batch is the first.
         self._at_beginning = {"train_dataset", "eval_dataset"}
         trainer.add_callback(self)
+
+    def retire(self, trainer: Any) -> None:
+        """Leave the trainer, whose model is made anew."""
+        for callback in (self, self.step_mean):
+            if callback is not None:
+                trainer.remove_callback(callback)
 
     @contextmanager
     def scoring(
@@ -140,8 +163,16 @@ class GatedTraining(TrainerCallback):
     on_predict = on_log
 
     def start_step(self, trainer: Any, batches: Sequence[Any]) -> None:
-        """Prepare the objective for the optimizer step made of these micro-batches. Collective."""
+        """Prepare the objective for the optimizer step made of these micro-batches. Collective.
+
+        Raises:
+            ValueError: the first step has none.
+        """
         check_loader(trainer)
+        if not batches and not trainer.state.global_step and "train_dataset" in self._at_beginning:
+            raise ValueError(
+                "train_dataset gives no batch: it has no rows, or with dataloader_drop_last=True fewer than a batch."
+            )
         if self.step_mean is not None and batches:
             self.step_mean.begin_step(trainer, batches)
 

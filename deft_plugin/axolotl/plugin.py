@@ -16,13 +16,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..head import gated_head_of
 from ..head.lm_head import lm_head_of
+from ..metrics import is_best_smallest
 from ..objectives import Objective, build_objective
 from ..ops.availability import resolve_path
 from .adjustments import adjust
 from .args import INPUT_ARGS, DEFTSettings, is_listed
 from .trainer import DEFTTrainer
-
-_LOWER_IS_BETTER = ("nll", "perplexity", "ppl")
 
 
 class DEFTPlugin(BasePlugin):
@@ -57,12 +56,10 @@ class DEFTPlugin(BasePlugin):
             return {}
         # Axolotl sets False: tokens would then be counted on each rank alone.
         arguments: dict[str, Any] = {"average_tokens_across_devices": True}
-        metric = str(cfg.metric_for_best_model or "").removeprefix("eval_")
-        # Axolotl passes only a true greater_is_better on, and transformers takes any metric that does not
-        # end in "loss" for one where greater is better.
-        if cfg.greater_is_better is False or (
-            cfg.greater_is_better is None and metric in _LOWER_IS_BETTER
-        ):
+        metric = str(cfg.metric_for_best_model or "")
+        smallest = is_best_smallest(metric) or metric.removeprefix("eval_") == "ppl"
+        # Axolotl passes only a true greater_is_better on.
+        if cfg.greater_is_better is False or (cfg.greater_is_better is None and smallest):
             arguments["greater_is_better"] = False
         return arguments
 

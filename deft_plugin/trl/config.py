@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import trl
 from trl.trainer import sft_trainer
 
-from ..metrics import METRICS
+from ..metrics import METRICS, is_best_smallest
 from ..objectives import Objective, build_objective, objective_names
 from ..ops import CoreSettings
-from ..training import TrainingSettings, split_parameters
+from ..training import TrainingSettings, parse_parameters, split_parameters
 
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
@@ -47,7 +46,7 @@ def objective_of(args: Any) -> Objective | None:
         ValueError: an unknown `loss_type`, or parameters which it does not take.
     """
     name: Any = getattr(args, "loss_type", None)
-    parameters = _parse(getattr(args, "loss_kwargs", None))
+    parameters = parse_parameters(getattr(args, "loss_kwargs", None))
     if name not in TRL_LOSS_TYPES:
         if name not in objective_names():
             own = ", ".join(repr(choice) for choice in TRL_LOSS_TYPES if choice)
@@ -66,7 +65,7 @@ def objective_of(args: Any) -> Objective | None:
 
 def settings_of(args: Any) -> tuple[CoreSettings, TrainingSettings]:
     """How training arguments want the objective to be computed, and what else of its training."""
-    core, training, _ = split_parameters(_parse(getattr(args, "loss_kwargs", None)))
+    core, training, _ = split_parameters(parse_parameters(getattr(args, "loss_kwargs", None)))
     return core, training
 
 
@@ -84,17 +83,6 @@ def check_metric_for_best_model(args: Any) -> None:
         f"metric_for_best_model={args.metric_for_best_model!r} comes with the objectives of deft_plugin, and "
         f"loss_type={args.loss_type!r} is TRL's own loss, without it. Set it to 'eval_loss', or keep it with {instead}."
     )
-
-
-def _parse(parameters: Any) -> dict[str, Any]:
-    if isinstance(parameters, str):
-        try:
-            parameters = json.loads(parameters)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"loss_kwargs={parameters!r} is not JSON: {error}.") from None
-    if parameters is not None and not isinstance(parameters, dict):
-        raise ValueError(f"loss_kwargs={parameters!r} must be a dict or JSON text of one.")
-    return parameters or {}
 
 
 def extend_config_class(cls: type) -> Callable[[], None]:
@@ -117,11 +105,9 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     @functools.wraps(original_post_init)
     def __post_init__(self: Any) -> None:
         if self.loss_kwargs is not None:
-            self.loss_kwargs = _parse(self.loss_kwargs)
+            self.loss_kwargs = parse_parameters(self.loss_kwargs)
         if objective_of(self) is not None and self.greater_is_better is None:
-            # transformers takes every metric whose name does not end in "loss" for a score.
-            metric = (self.metric_for_best_model or "").rpartition("_")[2]
-            self.greater_is_better = False if metric in ("nll", "perplexity") else None
+            self.greater_is_better = False if is_best_smallest(self.metric_for_best_model) else None
         original_post_init(self)
 
     loss_kwargs: Any = dataclasses.field(default=None, metadata={"help": LOSS_KWARGS_HELP})
@@ -171,3 +157,6 @@ class SFTConfig(trl.SFTConfig):
         loss_type: `"deft"`, `"cayley_trans"`, ... or one of TRL's own.
         loss_kwargs: the objective's parameters, a dict or JSON text.
     """
+
+
+extend_config_class(SFTConfig)

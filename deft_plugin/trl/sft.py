@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from trl.scripts import sft
 
-from .trainer import register
+from .registration import register
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

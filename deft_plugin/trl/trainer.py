@@ -1,4 +1,4 @@
-"""Objectives in TRL's SFTTrainer: what `loss_type="deft"` does, for TRL 1.16 and 1.9.
+"""SFTTrainer with objectives: what `loss_type="deft"` does, for TRL 1.16 and 1.9.
 
 A training run with an objective is TRL's own run in which
 
@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,26 +25,22 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from trl.trainer import sft_trainer
 
-from ..checks import check_data, tokenizer_of
-from ..head import GatedCausalLMOutput, add_gated_head, causal_lm_of, gated_head_of
-from ..head.cpu_weights import keep_cpu_weights_unpacked
+from ..checks import check_data, data_sets_of, tokenizer_of
+from ..head import GatedCausalLMOutput, causal_lm_of, gated_head_of
 from ..head.substitution import attribute_of
-from ..objectives import Objective
-from ..ops import CoreSettings
 from ..ops.availability import resolve_path
-from ..parallelism import check_lengths, count_tokens_of_step, scoring_parts
-from ..training import GatedTraining, TrainingSettings, own_rows
+from ..trainer import (
+    GatedTrainerMixin,
+    keep_ligers_other_kernels,
+    without_labels,
+)
 from .config import (
     HAS_FUSED_HEAD,
-    SFTConfig,
     check_metric_for_best_model,
-    extend_config_class,
     objective_of,
     settings_of,
 )
-from .conflicts import check_conflicts, check_unchanged
-
-logger = logging.getLogger("deft_plugin")
+from .conflicts import check_conflicts, check_loss_type
 
 # The one whose code reads what a gated output has.
 STAND_IN_LOSS_TYPE = "nll" if HAS_FUSED_HEAD else "chunked_nll"
@@ -83,214 +78,137 @@ class TRLOutput(GatedCausalLMOutput):
         return value
 
 
-_EXTENDED_METHODS = (
-    "__init__",
-    "get_batch_samples",
-    "training_step",
-    "prediction_step",
-    "compute_loss",
-    "evaluation_loop",
-    "log",
-)
+class GatedSFTMixin(GatedTrainerMixin):
+    """What TRL's SFTTrainer needs beside transformers' Trainer. Comes before it among the bases."""
 
+    _predicts_logits = True
 
-def extend_trainer_class(cls: type) -> Callable[[], None]:
-    """Let `cls`, an SFTTrainer class, train with objectives, in place. Returns a function that undoes it."""
-    original: Any = {name: getattr(cls, name) for name in _EXTENDED_METHODS}
-    own_attributes = {name: vars(cls).get(name) for name in original}
-    names = _argument_names(cls)
-
-    @functools.wraps(original["__init__"])
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        training_args: Any = arguments.get("args")
-        objective = objective_of(training_args)
-        _remove_gated_head(arguments.get("model"))
-        if objective is None:
-            # A subclass's code and compute_metrics may have metrics of any name.
-            if type(self) is cls and arguments.get("compute_metrics") is None:
-                check_metric_for_best_model(training_args)
-            original["__init__"](self, *args, **kwargs)
-            return
-        core, training = settings_of(training_args)
-        resolve_path(core.path, training_args.device)
-        check_conflicts(type(self), arguments, objective.name)
-        _keep_ligers_other_kernels(training_args, objective.name)
-        with _stand_in(training_args), _without_trls_head():
-            try:
-                original["__init__"](self, *args, **kwargs)
-            except StopIteration:
-                raise ValueError("train_dataset or eval_dataset, a stream, has no rows.") from None
-        self._gating = _install(self, objective, core, training)
-        _check_data(self, arguments)
-
-    @functools.wraps(original["get_batch_samples"])
-    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-        batches, num_items_in_batch = original["get_batch_samples"](self, *args, **kwargs)
-        gating = _gating_of(self)
-        if gating is not None:
-            check_lengths(self, batches)
-            num_items_in_batch = count_tokens_of_step(self, batches, num_items_in_batch)
-            gating.start_step(self, batches)
-        return batches, num_items_in_batch
-
-    # The whole step, so that a subclass with a compute_loss of its own is seen too.
-    @functools.wraps(original["training_step"])
-    def training_step(
-        self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        gating = _gating_of(self)
-        with nullcontext() if gating is None else gating.scoring(training=True, batch=inputs):
-            return original["training_step"](self, model, inputs, *args, **kwargs)
-
-    @functools.wraps(original["prediction_step"])
-    def prediction_step(
-        self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        gating = _gating_of(self)
-        if gating is None or inputs.get("labels") is None:
-            return original["prediction_step"](self, model, inputs, *args, **kwargs)
-        rows = own_rows(self, inputs["labels"])
-        with gating.scoring(training=False, rows=rows, batch=inputs):
-            return original["prediction_step"](self, model, inputs, *args, **kwargs)
-
-    @functools.wraps(original["compute_loss"])
     def compute_loss(
-        self: Any,
-        model: Any,
+        self,
+        model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        gating = _gating_of(self)
+        gating = self.gating
         if gating is None:
-            return original["compute_loss"](self, model, inputs, return_outputs, num_items_in_batch)
-        check_unchanged(self, gating.head.objective.name)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        check_loss_type(self.args, gating.head.objective.name)
         # TRL 1.16 takes the logits for compute_metrics from a second forward pass; 1.9 has to be helped.
         wants_logits = not HAS_FUSED_HEAD and inputs.get("_prediction_loss_only") is False
-        # transformers asks Liger's cross-entropy for it, which is switched off.
-        inputs.pop("skip_logits", None)
-        parts = scoring_parts(self, num_items_in_batch)
-        with _stand_in(self.args, STAND_IN_LOSS_TYPE), parts:
-            result = original["compute_loss"](
-                self, model, inputs, return_outputs, num_items_in_batch
-            )
+        with _stand_in(self.args, STAND_IN_LOSS_TYPE):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL's means of micro-batch means; the log has token-weighted ones of the same names.
         for name in ("entropy", "mean_token_accuracy"):
             self._metrics["train" if self.model.training else "eval"].pop(name, None)
         if return_outputs and wants_logits:
-            unlabelled = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
             with torch.no_grad():
-                return result[0], {"logits": model(**unlabelled).logits}
+                return result[0], {"logits": model(**without_labels(inputs)).logits}
         return result
 
-    @functools.wraps(original["evaluation_loop"])
-    def evaluation_loop(self: Any, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        gating = _gating_of(self)
-        if gating is None:
-            return original["evaluation_loop"](self, dataloader, *args, **kwargs)
-        with gating.evaluating(dataloader):
-            output = original["evaluation_loop"](self, dataloader, *args, **kwargs)
-        signature = inspect.signature(original["evaluation_loop"])
-        bound = signature.bind(self, dataloader, *args, **kwargs)
-        prefix = bound.arguments.get("metric_key_prefix", "eval")
-        means = gating.eval_means(prefix, self.args.device)
-        # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
-        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
-        return output
 
-    @functools.wraps(original["log"])
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        gating = _gating_of(self)
-        if gating is not None:
-            gating.add_means(logs, self.args.device)
-        original["log"](self, logs, *args, **kwargs)
+class SFTTrainer(GatedSFTMixin, trl.SFTTrainer):
+    """`trl.SFTTrainer` whose `args.loss_type` also takes the objectives' names.
 
-    extensions = (
-        __init__,
-        get_batch_samples,
-        training_step,
-        prediction_step,
-        compute_loss,
-        evaluation_loop,
-        log,
-    )
-    # Not by their __name__, which is that of what they wrap: another patch's function may have another.
-    for name, extension in zip(_EXTENDED_METHODS, extensions, strict=True):
-        setattr(cls, name, extension)
+    All of TRL's arguments, data formats and methods work as they are documented there. With an objective,
+    the log has the metrics of `deft_plugin.metrics.METRICS` for training and evaluation. The model keeps its
+    gated head: after training too, `model(..., labels=...).loss` is the objective, until
+    `deft_plugin.gated_head_of(model).remove()` or another trainer.
 
-    def undo() -> None:
-        for name, attribute in own_attributes.items():
-            if attribute is None:
-                delattr(cls, name)
-            else:
-                setattr(cls, name, attribute)
+    Raises:
+        ValueError: before data is prepared, for an unknown loss_type or parameter, label smoothing, a
+            compute_loss_func, an adapter on lm_head that is neither LoRA nor trainable tokens (DoRA, for one), a
+            subclass with a loss of its own on logits, an objective that couples the tokens of parts of sequences, a
+            path that cannot run, a metric_for_best_model that TRL's own losses do not log; after it, for a model that
+            cannot have a gated head (see `deft_plugin.add_gated_head`) or has NaN weights, for data that cannot
+            be trained on (see `deft_plugin.checks.check_data`), and for several GPUs in one process.
+    """
 
-    return undo
+    @functools.wraps(trl.SFTTrainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        initialise(self, SFTTrainer, super().__init__, args, kwargs)
 
 
-def _argument_names(cls: type) -> list[str]:
-    """The names of an SFTTrainer's positional arguments: TRL's, where a subclass, Unsloth's, says *args alone."""
+def initialise(
+    trainer: Any,
+    trainer_class: type,
+    own_init: Callable[..., None],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Make an SFTTrainer, with a gated head where its arguments ask for an objective.
+
+    Args:
+        trainer: a `GatedSFTMixin` where they do.
+        trainer_class: the SFTTrainer that users know, of which `trainer` may be a subclass.
+        own_init: TRL's `__init__`, bound.
+        args, kwargs: what `own_init` is called with.
+    """
+    arguments = arguments_of(trainer_class, args, kwargs)
+    training_args: Any = arguments.get("args")
+    objective = objective_of(training_args)
+    _remove_earlier_heads(arguments.get("model"))
+    if objective is None:
+        # A subclass's code and compute_metrics may have metrics of any name.
+        if type(trainer) is trainer_class and arguments.get("compute_metrics") is None:
+            check_metric_for_best_model(training_args)
+        own_init(*args, **kwargs)
+        return
+    core, training = settings_of(training_args)
+    resolve_path(core.path, training_args.device)
+    check_conflicts(type(trainer), arguments, objective.name)
+    keep_ligers_other_kernels(training_args, objective.name)
+    with _stand_in(training_args), _without_trls_head():
+        try:
+            own_init(*args, **kwargs)
+        except StopIteration:
+            raise ValueError("train_dataset or eval_dataset, a stream, has no rows.") from None
+    _copy_router_coefficient(causal_lm_of(trainer.model))
+    trainer.install(objective, core, training, output_class=TRLOutput)
+    _check_data(trainer, arguments)
+
+
+def arguments_of(
+    trainer_class: type, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """An SFTTrainer's arguments by name: TRL's names, where a subclass, Unsloth's, says *args alone."""
     signatures = (
-        inspect.signature(vars(c)["__init__"]) for c in cls.__mro__ if "__init__" in vars(c)
+        inspect.signature(vars(c)["__init__"])
+        for c in trainer_class.__mro__
+        if "__init__" in vars(c)
     )
-    return next(list(s.parameters)[1:] for s in signatures if "model" in s.parameters)
+    names = next(list(s.parameters)[1:] for s in signatures if "model" in s.parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _install(
-    trainer: Any, objective: Objective, core: CoreSettings, training: TrainingSettings
-) -> GatedTraining:
-    """Give a new trainer's model its gated head."""
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"One process with {trainer.args.n_gpu} GPUs would use torch.nn.DataParallel, which "
-            f"loss_type={objective.name!r} does not support. Start one process per GPU with accelerate "
-            "launch or torchrun, or show one GPU: CUDA_VISIBLE_DEVICES=0."
-        )
-    # TRL 1.9 sets the coefficient in the configuration; most models keep a copy, which their forward reads.
-    model = causal_lm_of(trainer.model)
+def _copy_router_coefficient(model: Any) -> None:
+    # TRL 1.9 sets it in the configuration; most models keep a copy, which their forward reads.
     coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
     if hasattr(model, "router_aux_loss_coef") and coefficient is not None:
         model.router_aux_loss_coef = coefficient
-    head = add_gated_head(
-        trainer.model, objective, with_entropy=True, output_class=TRLOutput, **asdict(core)
-    )
-    keep_cpu_weights_unpacked(trainer.model)
-    # Trainer has looked at the model before it had a gated head, which shifts labels and takes
-    # num_items_in_batch whatever the model's own forward does.
-    trainer.model_accepts_loss_kwargs = True
-    trainer._loss_shifts_labels = True
-    return GatedTraining(trainer, head, training)
 
 
 def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
     """Look at what TRL has made of the data sets it was given."""
-    for name, packs in (
-        ("train_dataset", trainer.args.packing),
-        ("eval_dataset", _packs_eval(trainer.args)),
-    ):
-        prepared = getattr(trainer, name)
-        given: Any = arguments.get(name)
-        many = isinstance(prepared, dict)
-        for key in prepared if many else [None]:
-            cuts_ends = trainer.args.truncation_mode == "keep_start"
-            end = tokenizer_of(trainer.processing_class).eos_token_id
+    args = trainer.args
+    eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+    cuts_ends = args.truncation_mode == "keep_start"
+    end = tokenizer_of(trainer.processing_class).eos_token_id
+    for attribute, packs in (("train_dataset", args.packing), ("eval_dataset", eval_packing)):
+        given = data_sets_of(attribute, arguments.get(attribute))
+        for name, prepared in data_sets_of(attribute, getattr(trainer, attribute)).items():
             check_data(
-                f"{name}[{key!r}]" if many else name,
-                prepared[key] if many else prepared,
+                name,
+                prepared,
                 causal_lm_of(trainer.model),
                 warn=trainer.is_world_process_zero(),
-                given=given[key] if many else given,
-                max_length=None if packs else trainer.args.max_length,
+                given=given[name],
+                max_length=None if packs else args.max_length,
                 end=end if cuts_ends else None,
             )
 
 
-def _packs_eval(args: Any) -> bool:
-    return bool(args.packing if args.eval_packing is None else args.eval_packing)
-
-
-def _remove_gated_head(model: Any) -> None:
+def _remove_earlier_heads(model: Any) -> None:
     """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
     head = gated_head_of(model) if isinstance(model, nn.Module) else None
     if head is not None:
@@ -311,24 +229,6 @@ def _remove_trls_heads(model: Any) -> None:
         del model.forward
         if getattr(original, "__func__", None) is not type(model).forward:
             model.forward = original
-
-
-def _gating_of(trainer: Any) -> GatedTraining | None:
-    """The trainer's gating; None for TRL's own loss types."""
-    gating: GatedTraining | None = trainer.__dict__.get("_gating")
-    return gating
-
-
-def _keep_ligers_other_kernels(args: Any, loss_type: str) -> None:
-    """Switch Liger's cross-entropies off: what they are for, saving memory, the gated head does."""
-    if args.use_liger_kernel:
-        replaced = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
-        args.liger_kernel_config = {**(args.liger_kernel_config or {}), **replaced}
-        logger.warning(
-            "use_liger_kernel=True: loss_type=%r takes the place of Liger's fused cross-entropy, as sparing with "
-            "memory; its other kernels are used.",
-            loss_type,
-        )
 
 
 @contextmanager
@@ -359,44 +259,3 @@ def _add_no_head(*args: Any, **kwargs: Any) -> None:
 
 class _NoLayer:
     """A class that no layer is an instance of."""
-
-
-class SFTTrainer(trl.SFTTrainer):
-    """`trl.SFTTrainer` whose `args.loss_type` also takes the objectives' names.
-
-    All of TRL's arguments, data formats and methods work as they are documented there. With an objective,
-    the log has the metrics of `deft_plugin.metrics.METRICS` for training and evaluation. The model keeps its
-    gated head: after training too, `model(..., labels=...).loss` is the objective, until
-    `deft_plugin.gated_head_of(model).remove()` or another trainer.
-
-    Raises:
-        ValueError: before data is prepared, for an unknown loss_type or parameter, label smoothing, a
-            compute_loss_func, an adapter on lm_head that is neither LoRA nor trainable tokens (DoRA, for one), a
-            subclass with a loss of its own on logits, an objective that couples the tokens of parts of sequences, a
-            path that cannot run, a metric_for_best_model that TRL's own losses do not log; after it, for a model that
-            cannot have a gated head (see `deft_plugin.add_gated_head`) or has NaN weights, for data that cannot
-            be trained on (see `deft_plugin.checks.check_data`), and for several GPUs in one process.
-    """
-
-
-extend_config_class(SFTConfig)
-extend_trainer_class(SFTTrainer)
-
-_undo: list[Callable[[], None]] = []
-
-
-def register() -> None:
-    """Let TRL's own SFTConfig and SFTTrainer take the objectives' names as `loss_type`.
-
-    The classes are extended in place, so it does not matter whether they were imported before. "nll" and
-    "dft" stay TRL's own losses. Calling it again changes nothing; `unregister` undoes it.
-    """
-    if not _undo:
-        _undo.append(extend_config_class(trl.SFTConfig))
-        _undo.append(extend_trainer_class(trl.SFTTrainer))
-
-
-def unregister() -> None:
-    """Undo `register`."""
-    while _undo:
-        _undo.pop()()

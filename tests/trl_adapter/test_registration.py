@@ -73,6 +73,59 @@ def test_package_s_trainer_trains_the_same_while_trls_is_extended_too(tmp_path: 
 
 
 @pytest.mark.usefixtures("registered")
+def test_package_s_trainer_takes_parameters_while_trls_is_extended_too(tmp_path: Path) -> None:
+    args = config(tmp_path, loss_type="alpha", loss_kwargs={"a": 0.0})
+    trainer = make_trainer(args, make_rows(2))
+    trainer.train()
+    assert logged(trainer, "mean_gate") == [pytest.approx(1.0)]
+
+
+class Looking(trl.SFTTrainer):
+    """A subclass that was there before anything is registered."""
+
+    saw: str = ""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.saw = self.args.loss_type
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("trainer_class", [trl.SFTTrainer, Looking])
+def test_a_trainer_is_one_of_the_class_that_made_it_and_outlives_unregister(
+    tmp_path: Path, trainer_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deft_plugin.register()
+    calls = []
+    init = trl.SFTTrainer.__init__
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(type(self).__name__)
+        init(self, *args, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(trl.SFTTrainer, "__init__", wrapped)
+            args = config(tmp_path, trl.SFTConfig)
+            trainer = make_trainer(args, make_rows(2), trainer_class=trainer_class)
+            own = config(tmp_path, trl.SFTConfig, loss_type="nll")
+            assert type(make_trainer(own, make_rows(2), trainer_class=trainer_class)) is (
+                trainer_class
+            )
+    finally:
+        deft_plugin.unregister()
+    name = trainer_class.__name__
+    # What others put around TRL's constructor runs once.
+    assert calls == [name, name]
+    assert isinstance(trainer, trainer_class)
+    assert (type(trainer).__name__, type(trainer).__module__) == (name, trainer_class.__module__)
+    trainer.train()
+    assert logged(trainer, "nll") != []
+    if trainer_class is Looking:
+        # Its method comes before those that show TRL a loss type of its own.
+        assert trainer.saw == "deft"
+
+
+@pytest.mark.usefixtures("registered")
 def test_subclasses_of_trls_classes_take_the_names_too(tmp_path: Path) -> None:
     @dataclasses.dataclass
     class OwnConfig(trl.SFTConfig):

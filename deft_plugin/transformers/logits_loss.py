@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.utils import is_accelerate_available
 
-from .objectives import Objective, build_objective
-from .ops import gated_loss
+from ..objectives import Objective, build_objective
+from ..ops import gated_loss
 
 
 class LogitsLoss:

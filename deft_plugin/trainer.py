@@ -1,0 +1,201 @@
+"""What a trainer with a gated head does, for transformers.Trainer and every trainer derived from it.
+
+Around each of Trainer's methods that has to do with the loss, and nothing else:
+
+    get_batch_samples     the objective gets ready for the optimizer step
+    training_step         proof that the gated head scored the batch; its metrics
+    compute_loss          no other loss has been set since; the loss of sequences in parts
+    prediction_step       as training_step; logits, where asked for, of a forward pass more
+    evaluation_loop, log  the metrics, for `metric_for_best_model` and the log
+
+TRL's, Axolotl's and transformers' own trainers get it by inheritance, before their class among the bases.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from .checks import check_data, data_sets_of
+from .conflicts import check_unchanged
+from .head import GatedCausalLMOutput, add_gated_head
+from .head.cpu_weights import keep_cpu_weights_unpacked
+from .objectives import Objective
+from .ops import CoreSettings
+from .parallelism import check_lengths, count_tokens_of_step, scoring_parts
+from .training import GatedTraining, TrainingSettings, own_rows
+
+logger = logging.getLogger("deft_plugin")
+
+
+class GatedTrainerMixin(Trainer):
+    """A trainer whose loss is an objective's from `install` on; until then it is as without this class."""
+
+    _gating: GatedTraining | None = None
+    # Whether the trainer's own prediction_step takes logits from a forward pass without labels.
+    _predicts_logits = False
+
+    @property
+    def gating(self) -> GatedTraining | None:
+        """The gated head with its metrics; None where the loss is the trainer's own."""
+        return self._gating
+
+    def install(
+        self,
+        objective: Objective,
+        core: CoreSettings,
+        training: TrainingSettings | None = None,
+        output_class: type[GatedCausalLMOutput] = GatedCausalLMOutput,
+    ) -> None:
+        """Give the model its gated head.
+
+        Args:
+            objective: what labels are scored with.
+            core: how the loss is computed.
+            training: settings beside those.
+            output_class: what a gated forward returns.
+
+        Raises:
+            ValueError: the model cannot have one (see `deft_plugin.add_gated_head`), would be copied to
+                several GPUs, or has NaN weights; the tokenizer pads with a token that the model does not have.
+        """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process with {self.args.n_gpu} GPUs would use torch.nn.DataParallel, which objective "
+                f"{objective.name!r} does not support. Start one process per GPU with accelerate launch, torchrun or "
+                "axolotl train, or show one GPU: CUDA_VISIBLE_DEVICES=0."
+            )
+        head = add_gated_head(
+            self.model, objective, with_entropy=True, output_class=output_class, **asdict(core)
+        )
+        keep_cpu_weights_unpacked(self.model)
+        # The trainer has looked at the model, or its backbone, before it had a gated head, which shifts labels
+        # and takes num_items_in_batch whatever the model's own forward does.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._gating = GatedTraining(self, head, training)
+
+    def check_data_sets(self) -> None:
+        """Raise `ValueError` for data sets that cannot be trained on (see `checks.check_data`)."""
+        assert self._gating is not None
+        for attribute in ("train_dataset", "eval_dataset"):
+            for name, dataset in data_sets_of(attribute, getattr(self, attribute)).items():
+                warn = self.is_world_process_zero()
+                check_data(name, dataset, self._gating.head.model, warn=warn)
+
+    def check_batches(self, batches: Sequence[Any]) -> None:
+        """Raise `ValueError` for a step's batches that cannot be cut into parts for several ranks."""
+        check_lengths(self, batches)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)
+        gating = self.gating
+        if gating is not None:
+            self.check_batches(batches)
+            num_items_in_batch = count_tokens_of_step(self, batches, num_items_in_batch)
+            gating.start_step(self, batches)
+        return batches, num_items_in_batch
+
+    # The whole step, so that a subclass with a compute_loss of its own is seen too.
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        gating = self.gating
+        if gating is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with gating.scoring(training=True, batch=inputs):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        # By name, as Trainer gives them: a trainer after this one may take **kwargs.
+        named = {"return_outputs": return_outputs, "num_items_in_batch": num_items_in_batch}
+        gating = self.gating
+        if gating is None:
+            return super().compute_loss(model, inputs, **named)
+        check_unchanged(self, gating.head.objective.name)
+        # transformers asks Liger's cross-entropy for it, which is switched off.
+        inputs.pop("skip_logits", None)
+        with scoring_parts(self, num_items_in_batch):
+            return super().compute_loss(model, inputs, **named)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        predict = functools.partial(super().prediction_step, model, ignore_keys=ignore_keys)
+        gating, labels = self.gating, inputs.get("labels")
+        if gating is None or labels is None:
+            return predict(inputs, prediction_loss_only)
+        scoring = gating.scoring(training=False, rows=own_rows(self, labels), batch=inputs)
+        if prediction_loss_only or self._predicts_logits:
+            with scoring:
+                return predict(inputs, prediction_loss_only)
+        # Before the loss, for which accelerate cuts sequences, labels too, into parts in place.
+        _, logits, _ = predict(without_labels(inputs), False)
+        labels = self._prepare_input(labels.clone())
+        with scoring:
+            loss, _, _ = predict(inputs, True)
+        return loss, logits, labels
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        evaluate = functools.partial(
+            super().evaluation_loop,
+            dataloader,
+            description,
+            prediction_loss_only=prediction_loss_only,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
+        gating = self.gating
+        if gating is None:
+            return evaluate()
+        with gating.evaluating(dataloader):
+            output = evaluate()
+        means = gating.eval_means(metric_key_prefix, self.args.device)
+        # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
+        output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._gating is not None:
+            self._gating.add_means(logs, self.args.device)
+        super().log(logs, *args, **kwargs)
+
+
+def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch for which the model's own forward runs, with its logits."""
+    return {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+
+
+def keep_ligers_other_kernels(args: Any, loss_type: str) -> None:
+    """Switch Liger's cross-entropies off: what they are for, saving memory, the gated head does."""
+    if args.use_liger_kernel:
+        replaced = dict.fromkeys(("fused_linear_cross_entropy", "cross_entropy"), False)
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), **replaced}
+        logger.warning(
+            "use_liger_kernel=True: loss_type=%r takes the place of Liger's fused cross-entropy, as sparing with "
+            "memory; its other kernels are used.",
+            loss_type,
+        )
