@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from deft_plugin.report.command import several_to_an_option
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from deft_plugin import cli, report
 from deft_plugin.report import checkpoint
 from deft_plugin.report.analysis import DEFAULT_OBJECTIVES
-from deft_plugin.report.command import several_to_an_option
 from deft_plugin.report.report import Options
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -1,28 +1,15 @@
-"""What the benchmark of losses measures: sizes, and inputs of that size."""
+"""One measurement: its sizes, what it runs on, and inputs of that size."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 IGNORED = -100
-# (N, V, H): tokens, vocabulary, hidden size. 128,257 is a vocabulary with one token added.
-GPU_SHAPES = (
-    "8192,32000,4096",
-    "8192,128256,4096",
-    "8192,128257,4096",
-    "8192,151936,3584",
-    "16384,248320,2048",
-    "4096,262144,2304",
-    "65536,128256,4096",
-)
-# Measured with half of the labels masked as well, as in training on completions alone.
-GPU_MASKED_SHAPES = ("8192,128256,4096", "8192,151936,3584", "65536,128256,4096")
-CPU_SHAPES = ("2048,32768,512",)
 DTYPES = ("float32", "bfloat16", "float16")
 INPUTS = ("trained", "random")
 
@@ -82,48 +69,36 @@ def make_inputs(job: Job, tokens: int, seed: int) -> tuple[Tensor, Tensor, Tenso
     return hidden.to(dtype), weight, targets
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """N,V,H as three integers."""
-    try:
-        tokens, vocab, hidden = (int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"--shape {text!r} must be N,V,H: tokens, vocabulary and hidden size."
-        ) from None
-    if min(tokens, vocab, hidden) < 1:
-        raise typer.BadParameter(f"--shape {text!r}: every number must be at least 1.")
-    return tokens, vocab, hidden
-
-
-def sizes_and_masks(
-    device: str, shapes: list[str] | None, masked: float | None
-) -> list[tuple[tuple[int, int, int], float]]:
-    """The (N, V, H) to measure, each with the share of its labels that is masked.
-
-    Args:
-        shapes: those asked for; None for the device's own.
-        masked: the share asked for; None for none of the labels, and on a GPU's own shapes half as well.
-    """
-    own = GPU_SHAPES if device == "cuda" else CPU_SHAPES
-    whole = [(parse_shape(text), masked or 0.0) for text in shapes or own]
-    if shapes or masked is not None or device == "cpu":
-        return whole
-    return whole + [(parse_shape(text), 0.5) for text in GPU_MASKED_SHAPES]
-
-
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the choices."""
+    """Raise `ValueError` where a value is not among the choices."""
     if value not in choices:
-        raise typer.BadParameter(
-            f"{option} {value!r} is not one of: {', '.join(map(repr, choices))}."
+        raise ValueError(
+            f"{option} {value!r} is unknown. Choices: {', '.join(map(repr, choices))}."
         )
 
 
 def resolve_device(device: str) -> str:
-    """What --device means here: "cuda" or "cpu"."""
+    """What --device means here: "cuda" or "cpu".
+
+    Raises:
+        ValueError: another name, a GPU that is not there, or a CPU whose memory cannot be measured.
+    """
     check_choice("--device", device, ("auto", "cuda", "cpu"))
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("--device 'cuda': there is no GPU here.")
+        raise ValueError("--device 'cuda': there is no GPU here. Choices: cpu.")
+    if device == "cpu" and not sys.platform.startswith("linux"):
+        raise ValueError("--device 'cpu': memory on a CPU is measured under Linux alone.")
     return device
+
+
+def resolve_dtype(dtype: str | None, device: str) -> str:
+    """What --dtype means: without one float32 on a CPU, bfloat16 on a GPU.
+
+    Raises:
+        ValueError: none of `DTYPES`.
+    """
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    check_choice("--dtype", dtype, DTYPES)
+    return dtype

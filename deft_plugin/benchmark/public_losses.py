@@ -7,10 +7,11 @@ imported when a loss is built, since each needs others and most need a GPU.
 from __future__ import annotations
 
 import torch
-from benchmark_job import IGNORED
-from contestant import BLACKWELL, HOPPER, Contestant, Loss, Needs, UnavailableError
 from torch import Tensor
 from torch.nn import functional
+
+from .contestant import BLACKWELL, HOPPER, Contestant, Loss, Needs, UnavailableError
+from .job import IGNORED
 
 HALF = ("bfloat16", "float16")
 

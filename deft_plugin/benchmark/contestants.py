@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from benchmark_job import IGNORED
-from contestant import HOPPER, Contestant, Loss, Needs
-from public_losses import PUBLIC_LOSSES
 from torch import Tensor
 
-from deft_plugin import linear_gated_loss
+from ..ops import linear_gated_loss
+from .contestant import HOPPER, Contestant, Loss, Needs
+from .job import IGNORED
+from .public_losses import PUBLIC_LOSSES
 
 FORMULA = "formula on full logits"
 OURS, OUR_NLL = "deft_plugin deft", "deft_plugin nll"

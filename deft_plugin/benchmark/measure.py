@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_job import Job, make_inputs
-from contestant import Loss, UnavailableError
-from contestants import CONTESTANTS, formula
 from torch import Tensor
+
+from .contestant import Loss, UnavailableError
+from .contestants import CONTESTANTS, formula
+from .job import Job, make_inputs
 
 # Enough for the multiples that some contestants need.
 SMALL = {"tokens": 128, "vocab": 1024, "hidden": 64}

@@ -1,32 +1,36 @@
-"""The command `deft report`."""
+"""`deft report`: what the gates do to your data, as a page."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import datasets
-import transformers
 import typer
-from rich.console import Console
+from typer.core import TyperCommand
 
-from .analysis import DEFAULT_OBJECTIVES
-from .checkpoint import DTYPES, Placement
-from .report import Options, make_report
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+from ..report import PACKAGES
+from ..report.choices import DEFAULT_OBJECTIVES, DTYPES
+from .errors import fail, need, usage_errors
 
 
-@app.command()
+class Report(TyperCommand):
+    """A command whose `--compare` takes several runs."""
+
+    def parse_args(self, ctx, args):  # type: ignore[no-untyped-def]
+        """Read the arguments, with `--compare` before each run."""
+        return super().parse_args(ctx, several_to_an_option(args))
+
+
 def report(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A model's folder, or its name on the hub. May be left out with --compare."
+            metavar="MODEL",
+            help="A model's folder, or its name on the hub. May be left out with --compare.",
         ),
     ] = None,
     data: Annotated[
@@ -101,10 +105,22 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Show what the gates do to your data: one HTML page, with its figures and numbers as files beside it."""
+    """Show what the gates do to your data: one HTML page, with its figures and numbers as files beside it.
+
+    \b
+        deft report MODEL --data train.jsonl --columns question,answer --output reports/mine
+        deft report MODEL --data train.jsonl --after out/checkpoint-500 --run out
+        deft report --compare runs/nll runs/deft
+    """
+    need("report", "report", PACKAGES)
+    _keep_quiet()
+    from rich.console import Console
+
+    from ..report.checkpoint import Placement
+    from ..report.report import Options, make_report
+
     start = time.monotonic()
-    console = Console(stderr=True)
-    try:
+    with usage_errors("report"):
         options = Options(
             output=output,
             model=model,
@@ -126,27 +142,34 @@ def report(
             batch_size=batch_size,
             placement=Placement(device, dtype, four_bit),
         )
-        page = make_report(options, console)
-    except ValueError as error:
-        print(f"deft report: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        page = make_report(options, Console(stderr=True))
     print(f"{page} ({page.stat().st_size / 1e6:.1f} MB, {time.monotonic() - start:.0f} seconds)")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run the command, with a console that is kept free of what a reader cannot act on."""
+def _keep_quiet() -> None:
+    """Keep from the console what a reader cannot act on."""
+    # They warn while they are imported, of an optional kernel and of a missing GPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A filter, since DeepSpeed sets its own level then.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    import datasets
+    import transformers
+
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    app(args=several_to_an_option(arguments), prog_name="deft report")
 
 
 def several_to_an_option(arguments: Sequence[str]) -> list[str]:
-    """`--compare a b` as `--compare a --compare b`."""
+    """`--compare a b` as `--compare a --compare b`; it ends the process where `--compare` has no run."""
     spread: list[str] = []
     comparing, is_first = False, False
-    for argument in arguments:
+    for argument in [*arguments, "--"]:
         if argument.startswith("-"):
+            if comparing and is_first:
+                fail(
+                    "report", "--compare needs runs after it: folders, or trainer_state.json files."
+                )
             option, _, value = argument.partition("=")
             comparing, is_first = option == "--compare", not value
             spread.append(argument)
@@ -155,4 +178,4 @@ def several_to_an_option(arguments: Sequence[str]) -> list[str]:
             spread.append("--compare")
         is_first = False
         spread.append(argument)
-    return spread
+    return spread[:-1]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from benchmark_job import Job
 from torch import Tensor
+
+from .job import Job
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
