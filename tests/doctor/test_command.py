@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from deft_plugin import cli, doctor
+from deft_plugin.doctor import loss as loss_room
 
 pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
@@ -59,14 +60,14 @@ def test_a_version_that_does_not_fit_is_an_error(
 def test_a_loss_that_is_wrong_on_the_device_is_an_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = doctor.linear_gated_loss
+    loss = loss_room.linear_gated_loss
 
     def wrong(*arguments: Any, path: str, **options: Any) -> Any:
         return loss(
             *arguments, path=path, **options | {"logit_scale": 1.1 if path == "auto" else 1}
         )
 
-    monkeypatch.setattr(doctor, "linear_gated_loss", wrong)
+    monkeypatch.setattr(loss_room, "linear_gated_loss", wrong)
     status, output = run(capsys, monkeypatch)
     assert status == 1
     assert "differs from its definition" in output
@@ -225,12 +226,3 @@ def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
 def test_an_axolotl_file_where_axolotl_is_not_installed_is_an_error(tmp_path: Path) -> None:
     (error,) = errors_of(tmp_path / "run.yaml", base_model="not-loaded")
     assert "axolotl is not installed" in error
-
-
-@pytest.mark.parametrize(("option", "status"), [("--help", 0), ("--fix", 2)])
-def test_options_show_the_usage(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, status: int
-) -> None:
-    actual, output = run(capsys, monkeypatch, option)
-    assert actual == status
-    assert "usage: deft doctor" in output

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from deft_plugin import report
+from deft_plugin import cli, report
 from tests.tiny import tiny_model, tiny_tokenizer
 
 # They need the extra `report`.
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     def run_report(*arguments: object) -> tuple[int, str]:
         status = 0
         try:
-            report.main([str(argument) for argument in arguments])
+            cli.main(["report", *map(str, arguments)])
         except SystemExit as end:
             status = int(end.code or 0)
         return status, capsys.readouterr().err
@@ -96,10 +96,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures in one dress and of few dots."""
-    from deft_plugin.report import figures
+    from deft_plugin.report.figures import dress
 
-    monkeypatch.setattr(figures, "DOTS_PER_INCH", 25)
-    monkeypatch.setattr(figures, "DRESSES", (figures.LIGHT,))
+    monkeypatch.setattr(dress, "DOTS_PER_INCH", 25)
+    monkeypatch.setattr(dress, "DRESSES", (dress.LIGHT,))
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from deft_plugin.report.command import several_to_an_option
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from deft_plugin import cli, report
+from deft_plugin.cli.report import several_to_an_option
 from deft_plugin.report import checkpoint
 from deft_plugin.report.analysis import DEFAULT_OBJECTIVES
 from deft_plugin.report.report import Options
@@ -221,7 +221,7 @@ def test_a_model_that_is_certain_of_everything(
     certain.save_pretrained(tmp_path / "certain")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "certain")
-    from deft_plugin.report import report as module
+    from deft_plugin.report import measured as module
     from deft_plugin.report.measurement import statistics_of_logits
 
     def measure(model: Any, rows: Any, **options: Any) -> Any:

@@ -13,7 +13,11 @@ import pytest
 from deft_plugin.histograms import EDGES, Histogram
 from deft_plugin.telemetry import FILE_NAME, LoggedHistograms, read_histograms
 
-plot = pytest.importorskip("plot_metrics", reason="needs the extra `scripts`")
+pytest.importorskip("matplotlib", reason="needs the extra `report`")
+
+from matplotlib.figure import Figure
+
+from deft_plugin import plot
 
 WINDOW = {"loss": 2.0, "entropy": 1.0, "mean_token_accuracy": 0.5}
 GATED = {
@@ -36,9 +40,9 @@ def log_history(metrics: dict[str, float]) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Figures, kept from being closed."""
+    """Figures that were saved."""
     figures: list[Any] = []
-    monkeypatch.setattr(plot.plt, "close", figures.append)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: figures.append(figure))
     return figures
 
 
@@ -116,7 +120,7 @@ def test_a_runs_histograms_are_found_beside_its_checkpoint(tmp_path: Path) -> No
     checkpoint.mkdir()
     state = checkpoint / "trainer_state.json"
     state.write_text(json.dumps({"log_history": log_history(GATED)}))
-    plot.main(state, None)
+    plot.plot_runs([str(state)])
     assert not [*checkpoint.glob("histograms_*.png")]
     entry = {"edges": EDGES, "gate": [1] * len(EDGES)}
     # An evaluation that was added later.
@@ -125,6 +129,6 @@ def test_a_runs_histograms_are_found_beside_its_checkpoint(tmp_path: Path) -> No
         "".join(json.dumps({"step": step, "split": split, **entry}) + "\n" for step, split in lines)
     )
     assert len(read_histograms(tmp_path / FILE_NAME)) == len(lines)
-    plot.main(state, None)
+    plot.plot_runs([str(state)])
     names = sorted(path.name for path in checkpoint.glob("*.png"))
     assert names == ["histograms_eval.png", "histograms_training.png", "metrics.png"]

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("typer", reason="needs the extra `scripts`")
-
-from benchmark_job import Job, make_inputs
-from benchmark_measure import gradient_error
-from contestant import Machine, Needs
-from public_losses import PUBLIC_LOSSES
+from deft_plugin.benchmark.contestant import Machine, Needs
+from deft_plugin.benchmark.job import Job, make_inputs
+from deft_plugin.benchmark.measure import gradient_error
+from deft_plugin.benchmark.public_losses import PUBLIC_LOSSES
 
 LIGER = "liger_kernel.ops"
 # What a contestant calls: a function, or an autograd function through `apply`.
