@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..objectives import build_objective
+from .causality import check_is_causal
 from .checkpoint import (
     Checkpoint,
     check_same_vocabulary,
@@ -18,8 +19,9 @@ from .checkpoint import (
     load_tokenizer,
     trained_on_another,
 )
+from .context import check_context, note_on_context
 from .data import in_trl_format, load_splits, split_of
-from .measurement import TokenTable, measure
+from .measurement import TokenTable, check_vocabulary, measure
 from .options import Options
 from .output import writing_to
 from .progress import Steps
@@ -70,20 +72,31 @@ def measure_data(options: Options, names: list[str], steps: Steps) -> Measured:
         for checkpoint in (first, second)
         if checkpoint is not None and (base := trained_on_another(checkpoint)) is not None
     ]
-    before = _table_of(first, options, sample, names, steps)
-    after = None if second is None else _table_of(second, options, sample, names, steps)
+    before = _table_of(first, options, sample, names, notes, steps)
+    after = None if second is None else _table_of(second, options, sample, names, notes, steps)
     after_label = None if second is None else second.label
     return Measured(tokenizer, sample, first.label, before, after_label, after, notes)
 
 
 def _table_of(
-    checkpoint: Checkpoint, options: Options, sample: Sample, names: list[str], steps: Steps
+    checkpoint: Checkpoint,
+    options: Options,
+    sample: Sample,
+    names: list[str],
+    notes: list[str],
+    steps: Steps,
 ) -> TokenTable:
+    """What a checkpoint makes of the rows; `notes` get what a reader has to know of it."""
     with steps(f"loading {checkpoint.label}", 1) as advance:
         model = options.placement.load(checkpoint)
         advance(1)
+    if (note := note_on_context(model, sample.rows, checkpoint.label)) is not None:
+        notes.append(note)
     top_ks = {build_objective(name).top_k for name in names}
     try:
+        check_vocabulary(model, sample.rows)
+        check_context(model, sample.rows)
+        check_is_causal(model, sample.rows)
         with steps(f"measuring {checkpoint.label}", len(sample.rows)) as advance:
             return measure(
                 model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from .options import Options, check_together
 from .output import writing_to
 from .page import render
 from .progress import progress_on
-from .runs import Run, load_run, load_runs
+from .runs import COMPARED, Run, compared_metrics, load_run, load_runs
 
 __all__ = ["Options", "make_report"]
 
@@ -35,6 +36,7 @@ def make_report(options: Options, console: Console | None = None) -> Path:
     runs = load_runs(options.compare)
     run = None if options.run is None else load_run(options.run, option="--run")
     _check_course(run)
+    _check_comparison(runs)
     with progress_on(console) as steps:
         measured = None if options.model is None else measure_data(options, names, steps)
         with writing_to(options.output):
@@ -55,4 +57,16 @@ def _check_course(run: Run | None) -> None:
         raise ValueError(
             f"--run {str(run.path)!r} has logged none of {', '.join(shown)}: TRL's own losses do not. Name a run with "
             "an objective of deft_plugin."
+        )
+
+
+def _check_comparison(runs: Sequence[Run]) -> None:
+    if len(runs) == 1:
+        raise ValueError(
+            f"--compare {str(runs[0].path)!r} is one run, and two are needed to compare. Of one run: --run."
+        )
+    if runs and not compared_metrics(runs) and not any(run.task for run in runs):
+        raise ValueError(
+            f"--compare: none of the runs {', '.join(run.name for run in runs)} has logged one of {', '.join(COMPARED)}: "
+            "TRL's own losses do not. Name runs with an objective of deft_plugin."
         )

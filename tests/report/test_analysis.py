@@ -15,7 +15,6 @@ from deft_plugin.ops.reference import reference_token_loss
 from deft_plugin.ops.sums import StatisticsRequest
 from deft_plugin.report.analysis import (
     BAND_EDGES,
-    DEFAULT_OBJECTIVES,
     check_objectives,
     effects_of,
     error_of_mean,
@@ -23,11 +22,12 @@ from deft_plugin.report.analysis import (
     gradient_lengths,
     gradient_map_of,
     groups_of_equal_gates,
-    regime_of,
     standing_of,
 )
 from deft_plugin.report.changes import changes_between
+from deft_plugin.report.choices import DEFAULT_OBJECTIVES
 from deft_plugin.report.measurement import TokenTable, statistics_of_logits
+from deft_plugin.report.regimes import regime_of
 
 COUNT, VOCABULARY = 400, 60
 

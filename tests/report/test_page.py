@@ -147,10 +147,11 @@ def test_hostile_text_stays_text(
 ) -> None:
     rows = [{"prompt": text, "completion": text} for text in HOSTILE]
     data = write_rows(tmp_path / "<b>data.jsonl", rows)
-    runs = [write_run(tmp_path / "<script>run", objective="</td><script>")]
+    names = ("<script>run", "<script>other")
+    runs = [write_run(tmp_path / name, objective="</td><script>") for name in names]
     output = tmp_path / "out"
     status, errors = run(
-        model, "--data", data, "--output", output, "--run", *runs, "--compare", *runs
+        model, "--data", data, "--output", output, "--run", runs[0], "--compare", *runs
     )
     assert status == 0, errors
     page = output / "report.html"
