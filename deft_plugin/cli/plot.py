@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def plot(
     with usage_errors("plot"):
         written, table = plot_runs(runs, output, tuple(metric or ()))
     if table is not None:
-        Console().print(table)
+        # Wide enough for the table also where the output is no terminal.
+        Console(width=None if sys.stdout.isatty() else 130).print(table)
     for path in written:
         print(f"Written to {path}")

@@ -24,9 +24,10 @@ from deft_plugin.cli.report import several_to_an_option
 from deft_plugin.report import checkpoint
 from deft_plugin.report.choices import DEFAULT_OBJECTIVES
 from deft_plugin.report.report import Options
+from tests.runs import write_run
 from tests.tiny import tiny_model, tiny_tokenizer
 
-from .conftest import BASE_DATA, BASE_MODEL, ROOT, write_rows, write_run
+from .conftest import BASE_DATA, BASE_MODEL, ROOT, write_rows
 
 if sys.version_info >= (3, 11):
     import tomllib
