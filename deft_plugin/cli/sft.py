@@ -36,7 +36,7 @@ def sft(context: typer.Context) -> None:
 
     parser = make_parser()
     # argparse would print a page of flags before it.
-    parser.error = lambda message: fail("sft", f"{message} See deft sft --help.")
+    parser.error = lambda message: fail("sft", f"{message.rstrip('.')}. See deft sft --help.")
     if context.args[-1:] == ["--config"]:
         fail("sft", "--config needs a YAML file.")
     try:

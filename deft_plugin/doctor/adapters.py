@@ -1,7 +1,7 @@
 """Adapters, and PEFT's DEFT among them: an adapter of the same name as this package's loss, and another thing.
 
-PEFT 0.21 has `DeftConfig`, "Decompositional Efficient Fine-Tuning", which says which parameters are trained; the DEFT of
-arXiv 2602.11424 says what they are trained for.
+PEFT's `DeftConfig`, "Decompositional Efficient Fine-Tuning", says which parameters are trained; the DEFT of arXiv 2602.11424
+says what they are trained for.
 """
 
 from __future__ import annotations

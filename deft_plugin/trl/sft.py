@@ -21,7 +21,7 @@ def make_parser() -> Any:
     """TRL's parser, of which `--loss_type` takes the objectives too."""
     register()
     parser = sft.make_parser(prog="deft sft")
-    parser.description = "TRL's SFTTrainer with the objectives that `deft objectives` lists."
+    parser.description = "TRL's SFTTrainer with the objectives that `deft objectives` lists. Flags may stand in a YAML file: --config FILE."
     parser.epilog = f"Example: {_EXAMPLE}"
     return parser
 
