@@ -26,7 +26,7 @@ test: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $
 	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/axolotl_adapter
 	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q -n $(WORKERS)
-	OMP_NUM_THREADS=1 $(BENCHMARK)/bin/python -m pytest -q tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py
+	OMP_NUM_THREADS=1 $(BENCHMARK)/bin/python -m pytest -q tests/benchmark tests/scripts/test_benchmark.py
 
 test-gpu: $(TRL)/.ready
 	$(TRL)/bin/python -m pytest -q tests/ops

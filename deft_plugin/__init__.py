@@ -9,20 +9,21 @@ linear_gated_loss(hidden, weight, targets)      # the loss itself, without logit
 gated_loss(logits, targets)                     # the loss of logits you have
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .objectives import (
-    FocusObjective,
-    Objective,
-    TokenStatistics,
-    WeightedObjective,
-    build_objective,
-    deformed_log_loss,
-    objective,
-    objective_names,
-    register_objective,
-)
-from .ops import CountedTargets, GatedLoss, gated_loss, linear_gated_loss
+if TYPE_CHECKING:
+    from .objectives import (
+        FocusObjective,
+        Objective,
+        TokenStatistics,
+        WeightedObjective,
+        build_objective,
+        deformed_log_loss,
+        objective,
+        objective_names,
+        register_objective,
+    )
+    from .ops import CountedTargets, GatedLoss, gated_loss, linear_gated_loss
 
 __version__ = "0.1.0"
 
@@ -51,14 +52,27 @@ __all__ = [
     "unregister",
 ]
 
-# Imported on first use: the objectives and the core need torch alone.
+# Imported on first use: the command `deft` answers without torch, and the objectives and the core need torch alone.
 _LAZY = {
+    "CountedTargets": "ops",
+    "FocusObjective": "objectives",
     "GatedCausalLMOutput": "head",
     "GatedHead": "head",
+    "GatedLoss": "ops",
+    "Objective": "objectives",
+    "TokenStatistics": "objectives",
+    "WeightedObjective": "objectives",
     "add_gated_head": "head",
+    "build_objective": "objectives",
+    "deformed_log_loss": "objectives",
     "gated_head_of": "head",
     "keep_cpu_weights_unpacked": "head",
     "GatedTrainer": "transformers",
+    "gated_loss": "ops",
+    "linear_gated_loss": "ops",
+    "objective": "objectives",
+    "objective_names": "objectives",
+    "register_objective": "objectives",
     "LogitsLoss": "transformers",
     "register": "trl",
     "unregister": "trl",
@@ -71,3 +85,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

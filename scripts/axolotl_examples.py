@@ -31,7 +31,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from deft_plugin.doctor import AXOLOTL_PLUGIN, quiet, validate_as_axolotl
+from deft_plugin.doctor.axolotl import AXOLOTL_PLUGIN, validate_as_axolotl
+from deft_plugin.doctor.finding import quiet
 
 MACHINE = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 8, "compute_capability": "sm_90"}
 # Validation imports it, and does nothing with it; it is for GPUs.

@@ -1,4 +1,4 @@
-"""Time, peak memory and error of the loss over a language model's head, against every public fused loss.
+"""The repository's own figures of the loss: all shapes, a training step, and DEFT against its aims.
 
     python scripts/benchmark.py loss                     # on the GPU if there is one: all shapes, bfloat16
     python scripts/benchmark.py loss --device cpu        # the README's CPU table: N=2048, V=32768, H=512, float32
@@ -7,13 +7,8 @@
     python scripts/benchmark.py summary runs/*/benchmark.csv    # DEFT on every job: one line each, against its aims
     python scripts/benchmark.py step                     # a QLoRA training step, DEFT against TRL's own nll
 
-Every contestant runs in a process of its own, one after the other, on the same inputs: fresh hidden states for each
-repetition, and logits either as peaked as a trained model's (about half of the tokens predicted with p > 0.5)
-or random. Time is the median over the repetitions, by CUDA events on a GPU: training is a forward and a backward pass, evaluation a
-forward pass under no_grad. Memory is the peak in training, less what was there before, gradients included: of the allocator on a GPU,
-of the resident set of an untouched process on a CPU. Error is that of the gradients against a float64 run of the contestant's formula on
-256 tokens. The rows of masked labels are left out by deft_plugin, TRL and cut-cross-entropy, and computed by others.
-A contestant that cannot run is named with the reason. The table also goes to a CSV and a PNG.
+`deft benchmark` measures one model's shape; what is measured, and how, is said in deft_plugin/benchmark. The tables also go to a
+CSV and a PNG.
 """
 
 from __future__ import annotations
@@ -21,84 +16,70 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark_job import (
+from bad_values import as_bad_parameters
+from benchmark_shapes import sizes_and_masks
+from rich.console import Console
+from rich.table import Table
+
+from deft_plugin.benchmark.contestants import CONTESTANTS, OURS
+from deft_plugin.benchmark.files import read_results, write_csv, write_files
+from deft_plugin.benchmark.job import (
     DTYPES,
     INPUTS,
     Job,
     check_choice,
     resolve_device,
-    sizes_and_masks,
+    resolve_dtype,
 )
-from benchmark_measure import work
-from benchmark_tables import (
-    Result,
+from deft_plugin.benchmark.processes import LIMIT_SECONDS, run_workers
+from deft_plugin.benchmark.tables import (
+    SLACK_MIB,
     Results,
-    read_results,
+    fastest_peer,
+    memory_bound_mib,
+    number,
+    ratios,
     remarks,
     results_table,
-    summary_table,
-    write_csv,
-    write_files,
 )
-from contestant import Machine
-from contestants import CONTESTANTS
-from rich.console import Console
-from rich.table import Table
+
+AIMS = (
+    "Aims on a GPU: at most 1.02 of our nll; at most 1.00 of the fastest peer's from V = 128,000 on; at least 85 % of\n"
+    f"the products' rate; peak extra memory at most tile, gradients and {SLACK_MIB} MiB."
+)
 
 # Wide enough for the table also where the output is no terminal.
 console = Console(width=None if sys.stdout.isatty() else 130)
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
-# Some peers compile and tune for minutes.
-LIMIT_SECONDS = 1800
 
 
-def run_workers(names: list[str], jobs: list[Job], limit_seconds: float = LIMIT_SECONDS) -> Results:
-    """Every contestant's result on every job that it can run, each contestant in processes of its own."""
-    results: Results = {job: {} for job in jobs}
-    machine = Machine.here(jobs[0].device)
-    for name in names:
-        fit: list[Job] = []
-        for job in jobs:
-            if reason := CONTESTANTS[name].needs.unmet(machine, job):
-                results[job][name] = {"absent": reason}
-            else:
-                fit.append(job)
-        # The resident set of a process that has run before says nothing: on a CPU a process a job.
-        size = 1 if machine.device == "cpu" else len(jobs)
-        for start in range(0, len(fit), size):
-            batch = fit[start : start + size]
-            with console.status(f"{name}: {batch[0].title}"):
-                found = run_worker(name, batch, limit_seconds)
-            for job, result in zip(batch, found, strict=True):
-                results[job][name] = result
-    return results
-
-
-def run_worker(name: str, jobs: list[Job], limit_seconds: float) -> list[Result]:
-    """One contestant's results on the jobs, in a process of its own."""
-    request = json.dumps({"name": name, "jobs": [asdict(job) for job in jobs]})
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__)), "worker", request],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        output, errors = process.communicate(timeout=limit_seconds)
-        last = (errors.strip() or f"exit code {process.returncode}").splitlines()[-1]
-        ended = f"its process ended early: {last[:120]}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
-        ended = f"it was stopped after {limit_seconds:,.0f} s"
-    results = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return results + [{"absent": ended}] * (len(jobs) - len(results))
+def summary_table(results: Results) -> Table:
+    """deft_plugin's DEFT on every job, against our own nll, the fastest peer, the products and the memory's bound."""
+    table = Table(title=OURS, caption=AIMS)
+    table.add_column("job")
+    for column in ("time", "of our nll", "of the fastest peer's nll", "products' share", "memory"):
+        table.add_column(column, justify="right")
+    for job, contestants in results.items():
+        ratio = ratios(contestants).get(OURS)
+        if ratio is None:
+            table.add_row(job.title, contestants.get(OURS, {}).get("absent", "not measured"))
+            continue
+        ours = contestants[OURS]
+        peer = number(ratio.get("of_fastest_peer"), ".2f")
+        table.add_row(
+            job.title,
+            f"{ours['seconds'] * 1000:,.1f} ms",
+            number(ratio.get("of_our_nll"), ".3f"),
+            f"{peer} ({fastest_peer(contestants)})" if peer != "-" else "-",
+            number(ratio.get("products_share"), ".0%"),
+            f"{ours['extra_mib']:,.0f} of {memory_bound_mib(job):,.0f} MiB",
+        )
+    return table
 
 
 @app.command("loss")
@@ -129,16 +110,17 @@ def loss_command(
     ),
 ) -> None:
     """Measure the losses: a table for every shape with a trainable and with a frozen head, and a summary."""
-    device = resolve_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    check_choice("--dtype", dtype, DTYPES)
-    check_choice("--inputs", inputs, (*INPUTS, "both"))
     names = only or list(CONTESTANTS)
-    for name in names:
-        check_choice("--only", name, tuple(CONTESTANTS))
+    with as_bad_parameters():
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        check_choice("--inputs", inputs, (*INPUTS, "both"))
+        for name in names:
+            check_choice("--only", name, tuple(CONTESTANTS))
+        sizes = sizes_and_masks(device, shape, masked)
     jobs = [
         Job(*size, frozen, dtype, kind, device, repetitions, share)
-        for size, share in sizes_and_masks(device, shape, masked)
+        for size, share in sizes
         for kind in (INPUTS if inputs == "both" else (inputs,))
         for frozen in (False, True)
     ]
@@ -148,7 +130,7 @@ def loss_command(
         else torch.cuda.get_device_name()
     )
     console.print(f"torch {torch.__version__}, {where}")
-    results = run_workers(names, jobs, limit)
+    results = run_workers(names, jobs, limit, console)
     for job, contestants in results.items():
         console.print(results_table(job, contestants))
         for line in remarks(contestants):
@@ -178,7 +160,8 @@ def step_command(
     """A QLoRA step through TRL's SFTTrainer: deft and cayley_trans against TRL's own nll."""
     from training_step import LOSS_TYPES, SHAPES
 
-    device = resolve_device(device)
+    with as_bad_parameters():
+        device = resolve_device(device)
     shape = SHAPES[device]
     table = Table(title=f"QLoRA step: {shape.title}")
     for column in ("loss_type", "tokens/s", "ratio", "peak memory", "ratio"):
@@ -207,13 +190,6 @@ def step_command(
         )
     console.print(table)
     write_csv(rows, output / "step.csv")
-
-
-@app.command("worker", hidden=True)
-def worker_command(request: str) -> None:
-    """Run one contestant: the other half of `loss`."""
-    decoded = json.loads(request)
-    work(decoded["name"], [Job(**job) for job in decoded["jobs"]])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import os
 import socket
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,18 +24,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark import console, run_workers
-from benchmark_job import Job, make_inputs, resolve_device
-from benchmark_measure import gradients, peak_extra_mib
-from benchmark_tables import write_csv
-from contestants import FORMULA
+from bad_values import as_bad_parameters
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deft_plugin import linear_gated_loss
+from deft_plugin.benchmark.contestants import FORMULA
+from deft_plugin.benchmark.files import write_csv
+from deft_plugin.benchmark.job import Job, make_inputs, resolve_device
+from deft_plugin.benchmark.measure import gradients, peak_extra_mib
+from deft_plugin.benchmark.processes import run_workers
 from deft_plugin.ops.shard import VocabularyShard
 
+# Wide enough for the tables also where the output is no terminal.
+console = Console(width=None if sys.stdout.isatty() else 130)
 CONTESTANTS = (FORMULA, "deft_plugin deft")
 RANKS = (1, 2, 4)
 # What grows, and the column of its size.
@@ -159,7 +164,7 @@ def measured(jobs: dict[str, list[Job]]) -> list[dict[str, Any]]:
     """A row for every contestant on every job."""
     rows: list[dict[str, Any]] = []
     for grown in ("tokens", "vocabulary"):
-        for job, contestants in run_workers(list(CONTESTANTS), jobs[grown]).items():
+        for job, contestants in run_workers(CONTESTANTS, jobs[grown], console=console).items():
             for name, result in contestants.items():
                 rows.append(
                     {"grown": grown, "contestant": name, "ranks": 1, **asdict(job), **result}
@@ -257,7 +262,8 @@ def measure_command(
     ),
 ) -> None:
     """Measure how the loss grows."""
-    device = resolve_device(device)
+    with as_bad_parameters():
+        device = resolve_device(device)
     rows = measured(SIZES[device].jobs(device, repetitions))
     for grown in GROWN:
         for frozen in (False, True):

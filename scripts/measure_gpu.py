@@ -24,8 +24,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark_job import resolve_device, sizes_and_masks
-from contestant import PACKAGES
+from bad_values import as_bad_parameters
+from benchmark_shapes import sizes_and_masks
+
+from deft_plugin.benchmark.contestant import PACKAGES
+from deft_plugin.benchmark.job import resolve_device
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
@@ -137,9 +140,10 @@ def main(
     tests: Annotated[list[str], typer.Option(help="What pytest runs.")] = ["tests/ops"],  # noqa: B006
 ) -> None:
     """Run the tests, the benchmark at all shapes, a profile and a training step."""
-    device = resolve_device(device)
+    with as_bad_parameters():
+        device = resolve_device(device)
+        chosen = parts(device, shape, repetitions, steps, tests)
     where = circumstances(device)
-    chosen = parts(device, shape, repetitions, steps, tests)
     for name in only or []:
         if not any(part.name.startswith(name) for part in chosen):
             names = ", ".join(repr(part.name) for part in chosen)

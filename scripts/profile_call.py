@@ -15,23 +15,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmark_job import (
-    CPU_SHAPES,
-    DTYPES,
-    Job,
-    check_choice,
-    make_inputs,
-    parse_shape,
-    resolve_device,
-)
-from benchmark_measure import gradients
-from benchmark_tables import write_csv
-from contestant import Machine
-from contestants import CONTESTANTS, OURS
+from bad_values import as_bad_parameters
+from benchmark_shapes import CPU_SHAPES, parse_shape
 from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from deft_plugin.benchmark.contestant import Machine
+from deft_plugin.benchmark.contestants import CONTESTANTS, OURS
+from deft_plugin.benchmark.files import write_csv
+from deft_plugin.benchmark.job import (
+    DTYPES,
+    Job,
+    check_choice,
+    make_inputs,
+    resolve_device,
+    resolve_dtype,
+)
+from deft_plugin.benchmark.measure import gradients
 
 GPU_SHAPE = "8192,128256,4096"
 WARM_UP_CALLS = 3
@@ -110,11 +112,11 @@ def main(
     ),
 ) -> None:
     """Profile one forward and backward, with a trainable and with a frozen head."""
-    check_choice("--contestant", contestant, tuple(CONTESTANTS))
-    device = resolve_device(device)
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    check_choice("--dtype", dtype, DTYPES)
-    size = parse_shape(shape or (CPU_SHAPES[0] if device == "cpu" else GPU_SHAPE))
+    with as_bad_parameters():
+        check_choice("--contestant", contestant, tuple(CONTESTANTS))
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
+        size = parse_shape(shape or (CPU_SHAPES[0] if device == "cpu" else GPU_SHAPE))
     for frozen in (False, True):
         job = Job(*size, frozen, dtype, "trained", device, 1, masked)
         unmet = CONTESTANTS[contestant].needs.unmet(Machine.here(device), job)

@@ -29,7 +29,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
-from benchmark_tables import write_csv
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -37,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deft_plugin import build_objective, gated_loss, linear_gated_loss
+from deft_plugin.benchmark.files import write_csv
 from deft_plugin.ops import CoreSettings
 from deft_plugin.ops.projection import LogitsTransform
 

@@ -32,7 +32,6 @@ from answer_tokens import answer_tokens, exact_answers
 from data import load_data
 from datasets import Dataset
 from peft import PeftModel
-from plot_metrics import plot_metrics
 from real_data import DATA_SETS
 from real_model import NAME as REAL_MODEL
 from real_model import get_real_model
@@ -49,6 +48,7 @@ from transformers import (
 
 from deft_plugin import keep_cpu_weights_unpacked
 from deft_plugin.metrics import METRICS
+from deft_plugin.plot import plot_metrics
 from deft_plugin.report.checkpoint import load_tokenizer as load_models_tokenizer
 from deft_plugin.trl import SFTConfig, SFTTrainer
 

@@ -18,6 +18,7 @@ from ..metrics import CLOSED_GATE
 from ..objectives import build_objective, objective_names
 from ..objectives.registry import summary_of
 from .measurement import TokenTable
+from .regimes import regime_of
 
 Numbers = npt.NDArray[np.float64]
 
@@ -32,63 +33,6 @@ BAND_LABELS = (
     "from 99\u00a0%",
 )
 SHARE_BINS = 40
-# Without a parameter of their own to choose, which `alpha` has.
-DEFAULT_OBJECTIVES = ("nll", "p", "dft", "eaft", "cayley", "cayley_trans", "deft")
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How well a model knows a task before training, and what the paper found then (arXiv 2602.11424).
-
-    Args:
-        name: the paper's.
-        lowest, highest: the mean focus that the paper's models began with.
-        task: what the paper trained on.
-        finding: its figures for Llama-3.1-8B, in a sentence.
-    """
-
-    name: str
-    lowest: float
-    highest: float
-    task: str
-    finding: str
-
-
-REGIMES = (
-    Regime(
-        "weak prior",
-        0.0,
-        0.05,
-        "FigFont, words drawn with characters",
-        "There DEFT (46.3) was well ahead of nll (33.4), and p, which trains only what is believed already, fell "
-        "behind the untrained model (14.3 against 30.2; Jaro-Winkler similarity of the answers).",
-    ),
-    Regime(
-        "intermediate prior",
-        0.55,
-        0.55,
-        "medical questions",
-        "There all objectives were close together, DEFT (52.0 % right) before Cayley-Trans (51.5), EAFT (51.2), nll "
-        "(50.2) and p (49.8), from 22.8 untrained.",
-    ),
-    Regime(
-        "strong prior",
-        0.65,
-        0.70,
-        "mathematics",
-        "There the objectives that keep what the model believes won: DEFT 11.4, Cayley-Trans 10.4 and p 10.0, against "
-        "6.5 for nll and 6.8 for EAFT (average over 16 samples), from 0.9 untrained.",
-    ),
-)
-
-
-def regime_of(mean_focus: float) -> Regime:
-    """The paper's regime whose initial mean focus is nearest."""
-
-    def distance(regime: Regime) -> float:
-        return max(regime.lowest - mean_focus, mean_focus - regime.highest, 0.0)
-
-    return min(REGIMES, key=distance)
 
 
 @dataclass(frozen=True)

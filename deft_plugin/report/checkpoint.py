@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
+from .choices import DTYPES
 
 
 @dataclass(frozen=True)

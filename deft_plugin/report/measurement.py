@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..head import causal_lm_of
 from ..objectives import Objective, TokenStatistics
 from ..ops.fold import fold_, top_k_entropy
 from ..ops.projection import LogitsTransform
 from ..ops.sums import StatisticsRequest, Sums, empty_sums, statistics_dtype, statistics_of_sums
+from .forward import logits_of, parameters_of
 from .rows import Row
 
 # Of the logits that a model returns at once, and of the copy of them that is folded.
@@ -142,14 +140,8 @@ def measure(
     Raises:
         ValueError: the model's logits are NaN, or it has none for a token.
     """
+    check_vocabulary(model, rows)
     vocab_size = model.config.get_text_config().vocab_size
-    # A kernel on a GPU would say less of it, and end the process.
-    known = min(vocab_size, getattr(model.get_input_embeddings(), "num_embeddings", vocab_size))
-    largest = max(max(*row.input_ids, *row.labels) for row in rows)
-    if largest >= known:
-        raise ValueError(
-            f"the data has token {largest:,}, outside the model's vocabulary [0, {known:,})."
-        )
     found: list[tuple[Tensor, Tensor, TokenNumbers]] = []
     for batch in _batches(rows, batch_size, LOGITS_BYTES // (4 * vocab_size)):
         for indices, positions, logits, targets in _forwards(model, batch, rows):
@@ -190,6 +182,18 @@ def measure(
     return table
 
 
+def check_vocabulary(model: PreTrainedModel, rows: Sequence[Row]) -> None:
+    """Raise `ValueError` where the rows have a token that the model does not."""
+    vocab_size = model.config.get_text_config().vocab_size
+    # A kernel on a GPU would say less of it, and end the process.
+    known = min(vocab_size, getattr(model.get_input_embeddings(), "num_embeddings", vocab_size))
+    largest = max(max(*row.input_ids, *row.labels) for row in rows)
+    if largest >= known:
+        raise ValueError(
+            f"the data has token {largest:,}, outside the model's vocabulary [0, {known:,})."
+        )
+
+
 def _batches(rows: Sequence[Row], batch_size: int, most_tokens: int) -> Iterator[list[int]]:
     """Indices of rows of about equal lengths."""
     batch: list[int] = []
@@ -219,23 +223,12 @@ def _forwards(
         # A position's logits are of the next token.
         scored = torch.tensor(row.scored)
         targets[at, scored - 1] = torch.tensor([row.labels[position] for position in row.scored])
-    device = model.get_input_embeddings().weight.device
-    parameters = inspect.signature(causal_lm_of(model).forward).parameters
-    arguments: dict[str, Any] = {"input_ids": ids.to(device)}
-    # xLSTM takes none: what is padded comes after all else.
-    if "attention_mask" in parameters:
-        arguments["attention_mask"] = attention_mask.to(device)
-    if "use_cache" in parameters:
-        arguments["use_cache"] = False
     wanted = (targets >= 0).any(0).nonzero().squeeze(1)
-    takes_positions = "logits_to_keep" in parameters
+    takes_positions = "logits_to_keep" in parameters_of(model)
     vocab_size = model.config.get_text_config().vocab_size
     most = max(LOGITS_BYTES // (4 * vocab_size * len(batch)), 1)
     for kept in wanted.split(most if takes_positions else max(len(wanted), 1)):
-        if takes_positions:
-            logits = model(**arguments, logits_to_keep=kept.to(device)).logits
-        else:
-            logits = model(**arguments).logits[:, kept.to(device)]
+        logits = logits_of(model, ids, attention_mask, kept)
         kept_targets = targets[:, kept]
         mask = kept_targets >= 0
         line, column = mask.nonzero(as_tuple=True)

@@ -13,10 +13,11 @@ from torch import Tensor
 import deft_plugin
 
 from ..metrics import CLOSED_GATE
-from .analysis import BAND_LABELS, REGIMES, Effect, Standing
+from .analysis import BAND_LABELS, Effect, Standing
 from .changes import MARKED_CHANGE, Changes
-from .figures import Picture
+from .figures.dress import Picture
 from .measurement import TokenTable
+from .regimes import REGIMES
 from .rows import Row
 from .runs import COMPARED, RunFigures
 from .silenced import KindLine, RowLine, Texts, TokenLine, row_order

@@ -6,23 +6,30 @@ accelerate launch -m deft_plugin.trl.sft --config run.yaml
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from typing import Any
 
 from trl.scripts import sft
 
 from .registration import register
 
+_EXAMPLE = (
+    "deft sft --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER --loss_type deft"
+)
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run TRL's SFT script on `arguments`, by default those of the process."""
+
+def make_parser() -> Any:
+    """TRL's parser, of which `--loss_type` takes the objectives too."""
     register()
     parser = sft.make_parser(prog="deft sft")
-    parsed = parser.parse_args_and_config(
-        args=list(sys.argv[1:] if arguments is None else arguments)
-    )
+    parser.description = "TRL's SFTTrainer with the objectives that `deft objectives` lists. Flags may stand in a YAML file: --config FILE."
+    parser.epilog = f"Example: {_EXAMPLE}"
+    return parser
+
+
+def run(parsed: tuple[Any, ...]) -> None:
+    """Train as TRL's script does, with what the parser has made of the arguments."""
     sft.main(*parsed)
 
 
 if __name__ == "__main__":
-    main()
+    run(make_parser().parse_args_and_config())

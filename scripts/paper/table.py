@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from typing import Annotated, Any
 
 import typer
-from benchmark_tables import write_csv
 
+from deft_plugin.benchmark.files import write_csv
 from paper import record
 from paper.benchmarks import MATH
 from paper.experiments import BASE, EXPERIMENTS, OBJECTIVES, is_llama

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deft_plugin.doctor import unknown_keys
+from deft_plugin.doctor.axolotl_keys import unknown_keys
 
 from .running import CPU, GPU, PLUGIN, validate
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deft_plugin import doctor
 from deft_plugin.doctor import Finding, check_yaml
+from deft_plugin.doctor import axolotl as room
 
 from .running import CUT, DEFINING, LIGER, PLUGIN, configuration
 
@@ -98,9 +98,9 @@ def test_the_plugin_may_be_named_by_the_module_that_defines_it(tmp_path: Path) -
 def test_torchvision_is_missed_where_images_are_processed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    found = doctor._installed
+    found = room.is_installed
     monkeypatch.setattr(
-        doctor, "_installed", lambda name: installed if name == "torchvision" else found(name)
+        room, "is_installed", lambda name: installed if name == "torchvision" else found(name)
     )
     *notes, ok = findings(tmp_path, {"processor_type": "AutoProcessor"})
     assert ok.level == "ok"
@@ -164,7 +164,7 @@ def test_deepspeed_needs_its_file_and_its_package(
 ) -> None:
     texts = [found.text for found in findings(tmp_path, {"deepspeed": "no_such_file.json"})]
     assert any("deepspeed: no_such_file.json cannot be read" in text for text in texts)
-    monkeypatch.setattr(doctor, "_installed", lambda name: name != "deepspeed")
+    monkeypatch.setattr(room, "is_installed", lambda name: name != "deepspeed")
     zero2 = str(Path(__file__).parents[2] / "deepspeed_configs/zero2.json")
     (error,) = findings(tmp_path, {"deepspeed": zero2})
     assert (error.level, "not installed" in error.text) == ("error", True)

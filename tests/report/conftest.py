@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from deft_plugin import report
+from deft_plugin import cli, report
 from tests.tiny import tiny_model, tiny_tokenizer
 
 # They need the extra `report`.
@@ -57,7 +57,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     def run_report(*arguments: object) -> tuple[int, str]:
         status = 0
         try:
-            report.main([str(argument) for argument in arguments])
+            cli.main(["report", *map(str, arguments)])
         except SystemExit as end:
             status = int(end.code or 0)
         return status, capsys.readouterr().err
@@ -96,40 +96,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures in one dress and of few dots."""
-    from deft_plugin.report import figures
+    from deft_plugin.report.figures import dress
 
-    monkeypatch.setattr(figures, "DOTS_PER_INCH", 25)
-    monkeypatch.setattr(figures, "DRESSES", (figures.LIGHT,))
+    monkeypatch.setattr(dress, "DOTS_PER_INCH", 25)
+    monkeypatch.setattr(dress, "DRESSES", (dress.LIGHT,))
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def write_run(
-    folder: Path, *, nll: Sequence[float] = (2.0, 1.0), objective: str | None = None, **more: Any
-) -> Path:
-    """A run's folder as the trainers and `scripts/train.py` leave it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    history: list[dict[str, Any]] = []
-    for index, value in enumerate(nll):
-        metrics = {
-            "nll": value,
-            "mean_token_accuracy": 0.5,
-            "mean_target_probability": 0.4 + 0.1 * index,
-            "mean_focus": 0.3 + 0.1 * index,
-            "mean_gate": 0.6,
-            "closed_gate_share": 0.1,
-        }
-        held_out = {f"eval_{name}": number for name, number in metrics.items()}
-        history += [
-            {"step": 10 * index, "loss": 100.0, "objective_loss": 100.0, **metrics},
-            {"step": 10 * index, "eval_loss": 100.0, "eval_runtime": 3.0, **held_out, **more},
-        ]
-    state = {"global_step": 10 * (len(nll) - 1), "log_history": history}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    if objective is not None:
-        results = {"loss_type": objective, "before": {}, "after": {"answer_accuracy": 0.75}}
-        (folder / "results.json").write_text(json.dumps(results))
-    return folder

@@ -15,7 +15,6 @@ from deft_plugin.ops.reference import reference_token_loss
 from deft_plugin.ops.sums import StatisticsRequest
 from deft_plugin.report.analysis import (
     BAND_EDGES,
-    DEFAULT_OBJECTIVES,
     check_objectives,
     effects_of,
     error_of_mean,
@@ -23,11 +22,12 @@ from deft_plugin.report.analysis import (
     gradient_lengths,
     gradient_map_of,
     groups_of_equal_gates,
-    regime_of,
     standing_of,
 )
 from deft_plugin.report.changes import changes_between
+from deft_plugin.report.choices import DEFAULT_OBJECTIVES
 from deft_plugin.report.measurement import TokenTable, statistics_of_logits
+from deft_plugin.report.regimes import REGIMES, regime_of
 
 COUNT, VOCABULARY = 400, 60
 
@@ -220,3 +220,9 @@ def test_changes_between_two_checkpoints() -> None:
     assert middle.probability_change == pytest.approx(-0.3, rel=1e-5)
     assert (high.learned, high.forgotten) == (0.0, 0.0)
     assert changes.bands[0].learned is None
+
+
+def test_the_own_study_has_a_place_beside_the_papers_findings() -> None:
+    """It stands in the page of a sample whose regime it is of, and names the page of the docs."""
+    found = {regime.name: regime.own_finding for regime in REGIMES}
+    assert "docs/study.md" in (found["strong prior"] or "")

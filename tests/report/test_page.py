@@ -6,14 +6,17 @@ import html.parser
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from deft_plugin.report import analysis
 from deft_plugin.report.report import Options, make_report
+from tests.runs import write_run
 
-from .conftest import BASE_DATA, BASE_MODEL, write_rows, write_run
+from .conftest import BASE_DATA, BASE_MODEL, write_rows
 
 Run = Callable[..., tuple[int, str]]
 
@@ -147,10 +150,11 @@ def test_hostile_text_stays_text(
 ) -> None:
     rows = [{"prompt": text, "completion": text} for text in HOSTILE]
     data = write_rows(tmp_path / "<b>data.jsonl", rows)
-    runs = [write_run(tmp_path / "<script>run", objective="</td><script>")]
+    names = ("<script>run", "<script>other")
+    runs = [write_run(tmp_path / name, objective="</td><script>") for name in names]
     output = tmp_path / "out"
     status, errors = run(
-        model, "--data", data, "--output", output, "--run", *runs, "--compare", *runs
+        model, "--data", data, "--output", output, "--run", runs[0], "--compare", *runs
     )
     assert status == 0, errors
     page = output / "report.html"
@@ -166,6 +170,25 @@ def test_hostile_text_stays_text(
         assert text.count(each) >= 2, "in the prompt and in what is trained on"
     for line in (output / "tokens.csv").read_text(encoding="utf-8").splitlines()[1:]:
         assert not re.search(r",[=+\-@]", line.replace(",-", ",")), "a spreadsheet's formula"
+
+
+@pytest.mark.usefixtures("quick_drawing")
+def test_the_own_study_stands_beside_the_papers_findings(tmp_path: Path) -> None:
+    for name, expected in (("strong prior", 1), ("weak prior", 0)):
+        data = str(BASE_DATA)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(analysis, "regime_of", lambda _, name=name: Named(name))
+            page = make_report(Options(output=tmp_path, model=str(BASE_MODEL), data=data, rows=2))
+        text = page.read_text(encoding="utf-8")
+        assert text.count("own study found") == expected
+        assert text.count("docs/which-objective.md") == 1
+
+
+@dataclass(frozen=True)
+class Named:
+    """A regime, as far as the standing goes."""
+
+    name: str
 
 
 @pytest.mark.slow

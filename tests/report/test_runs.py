@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from deft_plugin.report.runs import compared_metrics, figures_of, load_run, load_runs
-
-from .conftest import write_run
+from tests.runs import write_run
 
 
 def test_a_run_is_found_by_its_folder_its_file_or_its_newest_checkpoint(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""`deft sft` takes the flags and YAML files of `trl sft`, with objectives; `deft objectives` lists them."""
+"""`deft sft` takes the flags and YAML files of `trl sft`, with objectives."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -111,20 +112,81 @@ def test_unknown_loss_type_as_flag_names_the_choices(
 ) -> None:
     argv = ["deft", "sft", *flags(options(run_directory)), "--loss_type", "deftt"]
     monkeypatch.setattr(sys, "argv", argv)
-    # TRL 1.9 gives its parser no choices; the configuration then refuses.
-    with pytest.raises((SystemExit, ValueError)) as refusal:
+    with pytest.raises(SystemExit) as refusal:
         cli.main()
-    assert "cayley_trans" in capsys.readouterr().err + str(refusal.value)
+    assert refusal.value.code == 2
+    assert "cayley_trans" in last_line(capsys)
 
 
 def test_unknown_loss_type_in_yaml_names_the_choices(
-    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_directory / "run.yaml"
     path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": "deftt"}))
     monkeypatch.setattr(sys, "argv", ["deft", "sft", "--config", str(path)])
-    with pytest.raises(ValueError, match=r"(?s)loss_type='deftt'.*cayley_trans"):
+    with pytest.raises(SystemExit) as refusal:
         cli.main()
+    assert refusal.value.code == 2
+    assert re.search(r"loss_type='deftt'.*cayley_trans", last_line(capsys))
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """Of stderr, which begins with the command."""
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("deft sft: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"no_such_flag": 1}, "no_such_flag"),
+        ({"max_steps": "many"}, "invalid int value: 'many'"),
+        ({"config": "none.yaml"}, "none.yaml"),
+        ({"model_name_or_path": "./no-such-model"}, "./no-such-model"),
+        # A refusal of this package's, once the trainer is made.
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
+    ],
+    ids=str,
+)
+def test_what_a_user_can_put_right_is_said_in_a_line(
+    own: dict[str, object],
+    message: str,
+    run_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = flags({**options(run_directory), "loss_type": "deft", **own})
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["sft", *arguments])
+    assert refusal.value.code == 2
+    assert message in last_line(capsys)
+
+
+def test_a_config_without_its_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config"])
+    assert "--config needs a YAML file" in last_line(capsys)
+
+
+def test_what_goes_wrong_in_training_keeps_its_traceback(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", torn)
+    with pytest.raises(OSError, match="the disk is full"):
+        cli.main(["sft", *flags(options(run_directory)), "--loss_type", "nll"])
+
+
+def test_help_has_the_flags_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["sft", "--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    for flag in ("--model_name_or_path", "--loss_type", "--use_peft", "--config"):
+        assert flag in text
+    assert "Example: deft sft" in text
 
 
 @pytest.mark.slow
@@ -155,44 +217,3 @@ def test_torchrun_with_zero2_logs_what_one_process_logs(
         assert actual.keys() == expected.keys()
         for name in actual.keys() & {"loss", "grad_norm", "nll", "mean_gate", "eval_nll"}:
             assert actual[name] == pytest.approx(expected[name], rel=1e-4), name
-
-
-def test_list_of_objectives(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["deft", "objectives"])
-    cli.main()
-    listed = capsys.readouterr().out
-    assert [name for name in deft_plugin.objective_names() if f"{name} " not in listed] == []
-    assert "floor_coefficient=0.5" in listed
-    assert "scope='auto' (or 'ema', 'global', 'micro_batch', 'fixed')" in listed
-    assert "entropy='top_k' (or 'full')" in listed
-    assert "decay=None (or a number)" in listed
-
-
-def test_a_reader_that_has_read_enough_ends_the_list_quietly() -> None:
-    command = [sys.executable, "-m", "deft_plugin.cli", "objectives"]
-    reading, writing = os.pipe()
-    os.close(reading)
-    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
-    os.close(writing)
-    assert (ended.returncode, ended.stderr) == (1, "")
-
-
-@pytest.mark.parametrize("argument", [[], ["--help"]])
-def test_help(
-    argument: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["deft", *argument])
-    cli.main()
-    assert "deft sft" in capsys.readouterr().out
-
-
-def test_unknown_command_names_the_choices(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["deft", "dpo"])
-    with pytest.raises(SystemExit) as exit_of_command:
-        cli.main()
-    assert exit_of_command.value.code == 2
-    assert "'dpo'. Choices: sft, objectives" in capsys.readouterr().err

@@ -1,0 +1,5 @@
+"""`python -m deft_plugin.cli`."""
+
+from . import main
+
+main()

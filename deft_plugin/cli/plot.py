@@ -1,0 +1,54 @@
+"""`deft plot`: the metrics of runs as a picture."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import need, usage_errors
+
+
+def plot(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Runs: folders that trainers wrote to, or trainer_state.json files.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="The picture: .png, .svg, .pdf. By default metrics.png beside the log of one run, deft-plot.png here for several."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric to draw; may be repeated. By default all that were logged."),
+    ] = None,
+) -> None:
+    """Draw the metrics of a run, or of several in one picture, over their optimizer steps.
+
+    Several runs are compared by nll, accuracy and what the gates did, never by their own losses, which say nothing about each
+    other. Beside one run's picture come its histograms, where it has logged some.
+
+    \b
+        deft plot out
+        deft plot runs/nll runs/deft --metric nll --metric mean_token_accuracy --output compared.png
+    """
+    need("plot", "report", ("matplotlib",))
+    from rich.console import Console
+
+    from ..plot import plot_runs
+
+    with usage_errors("plot"):
+        written, table = plot_runs(runs, output, tuple(metric or ()))
+    if table is not None:
+        # Wide enough for the table also where the output is no terminal.
+        Console(width=None if sys.stdout.isatty() else 130).print(table)
+    for path in written:
+        print(f"Written to {path}")

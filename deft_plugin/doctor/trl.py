@@ -1,0 +1,82 @@
+"""YAMLs of `trl sft`, as `deft sft` takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from .finding import Finding, quiet
+from .loss import path_problems
+from .packages import is_installed
+
+
+def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether `deft sft` would train with an objective from this file, whose content is `values`."""
+    if not is_installed("trl"):
+        yield Finding("error", "is a file of `trl sft`, and trl is not installed here")
+        return
+    with quiet():
+        from trl.scripts import sft
+
+        from ..trl import register
+        from ..trl.config import objective_of
+
+        register()
+        parser = sft.make_parser(prog="deft sft")
+    problems = [*_unknown_trl_keys(values, parser)]
+    loss_type = values.get("loss_type", parser.get_default("loss_type"))
+    loss = SimpleNamespace(loss_type=loss_type, loss_kwargs=values.get("loss_kwargs"))
+    # The other keys are checked with a loss that is right.
+    flags = ["--loss_type", "deft", "--loss_kwargs", "{}"]
+    try:
+        objective = objective_of(loss)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        flags = []
+        if objective is None:
+            problems.append(f"loss_type={loss_type!r} is TRL's own loss")
+    problems += _trl_problems(parser, ["--config", str(path), *flags], loss_type)
+    yield from (Finding("error", problem) for problem in problems)
+    if not problems:
+        yield Finding("ok", f"trains with {objective!r} under `deft sft`")
+
+
+def _unknown_trl_keys(values: Mapping[str, Any], parser: Any) -> Iterator[str]:
+    # TrlParser itself takes env.
+    known = {field.name for cls in parser.dataclass_types for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in {*known, "env"}:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
+            guess = f" Did you mean {close[0]!r}?" if close else ""
+            yield f"unknown key {key!r}, which `trl sft` refuses.{guess}"
+
+
+def _trl_problems(parser: Any, arguments: list[str], loss_type: Any) -> list[str]:
+    """What `deft sft` would refuse in its arguments, apart from keys that it does not know."""
+    from trl import ModelConfig, get_peft_config
+
+    from ..trl.config import objective_of, settings_of
+    from ..trl.conflicts import find_conflicts
+
+    errors = io.StringIO()
+    try:
+        with quiet(), contextlib.redirect_stderr(errors):
+            parsed = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=False)
+            training = next(part for part in parsed if hasattr(part, "loss_type"))
+            if objective_of(training) is None:
+                return []
+            model = next(part for part in parsed if isinstance(part, ModelConfig))
+            return [
+                *path_problems(settings_of(training)[0].path, training.device),
+                *find_conflicts(training, get_peft_config(model), loss_type),
+            ]
+    except (Exception, SystemExit) as error:
+        # The parser writes its usage first, and what is wrong in the last line.
+        return [(errors.getvalue().strip().splitlines() or [str(error)])[-1]]

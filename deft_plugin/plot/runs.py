@@ -1,0 +1,68 @@
+"""Which picture it is to be: one run's, with its histograms beside it, or several compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from ..report.runs import Run, load_runs
+from ..telemetry import FILE_NAME, read_histograms
+from .comparison import comparison_table, plot_comparison
+from .histograms import plot_histograms
+from .metrics import plot_metrics
+
+SEVERAL = "deft-plot.png"
+
+
+def plot_runs(
+    paths: Sequence[str], output: Path | None = None, metrics: Sequence[str] = ()
+) -> tuple[list[Path], Table | None]:
+    """Draw the metrics of runs.
+
+    Args:
+        paths: folders of runs, or their trainer_state.json files.
+        output: the picture; by default metrics.png beside the log of one run, `SEVERAL` here for several.
+        metrics: which to draw; none for all.
+
+    Returns:
+        The files that were written, and a table of figures where several runs are compared.
+
+    Raises:
+        ValueError: there is no such run or metric, or the picture cannot be written.
+    """
+    runs = load_runs(paths, option="RUN")
+    if not runs:
+        raise ValueError("Name a RUN: a folder that a trainer wrote to, or a trainer_state.json.")
+    several = len(runs) > 1
+    picture = output or (Path(SEVERAL) if several else runs[0].path.with_name("metrics.png"))
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if picture.suffix.removeprefix(".").lower() not in formats:
+        raise ValueError(
+            f"--output {str(picture)!r} has no suffix of a picture. Choices: {', '.join(formats)}."
+        )
+    try:
+        if several:
+            plot_comparison(runs, picture, metrics)
+            return [picture], comparison_table(runs)
+        plot_metrics(runs[0].history, picture, str(runs[0].path.parent), metrics)
+        return [picture, *_plot_histograms_of(runs[0], picture)], None
+    except OSError as error:
+        raise ValueError(f"--output {str(picture)!r} cannot be written: {error}.") from None
+
+
+def _plot_histograms_of(run: Run, beside: Path) -> list[Path]:
+    folder = run.path.parent
+    folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
+    written = []
+    for file in [parent / FILE_NAME for parent in folders if (parent / FILE_NAME).exists()][:1]:
+        entries = read_histograms(file)
+        for split in dict.fromkeys(entry.split for entry in entries):
+            own = [entry for entry in entries if entry.split == split]
+            own.sort(key=lambda entry: entry.step)
+            path = beside.with_name(f"histograms_{split}{beside.suffix}")
+            plot_histograms(own, path, f"{folder}, {split}")
+            written.append(path)
+    return written

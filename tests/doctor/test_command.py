@@ -1,0 +1,228 @@
+"""`deft doctor` names what keeps an environment or a YAML from training with an objective."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from deft_plugin import cli, doctor
+from deft_plugin.doctor import loss as loss_room
+
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
+
+
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[int, str]:
+    """Exit status and output of `deft doctor`."""
+    monkeypatch.setattr("sys.argv", ["deft", "doctor", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0), capsys.readouterr().out
+
+
+def errors_of(path: Path, **values: Any) -> list[str]:
+    """The errors in a YAML with these keys."""
+    path.write_text(yaml.safe_dump(values))
+    return [found.text for found in doctor.check_yaml(path) if found.level == "error"]
+
+
+def test_the_environment_of_the_tests_is_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, output = run(capsys, monkeypatch)
+    assert status == 0
+    assert f"torch {importlib.metadata.version('torch')}" in output
+    assert "agree with the definition" in output
+    assert "error" not in output
+    assert ("Axolotl can import" in output) == (find_spec("axolotl") is not None)
+
+
+def test_a_version_that_does_not_fit_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "1.8.0" if name == "trl" else version(name)
+    )
+    status, output = run(capsys, monkeypatch)
+    assert status == 1
+    assert "trl is 1.8.0" in output
+    assert ">=1.9" in output
+
+
+def test_a_loss_that_is_wrong_on_the_device_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = loss_room.linear_gated_loss
+
+    def wrong(*arguments: Any, path: str, **options: Any) -> Any:
+        return loss(
+            *arguments, path=path, **options | {"logit_scale": 1.1 if path == "auto" else 1}
+        )
+
+    monkeypatch.setattr(loss_room, "linear_gated_loss", wrong)
+    status, output = run(capsys, monkeypatch)
+    assert status == 1
+    assert "differs from its definition" in output
+
+
+def test_a_build_of_torch_for_a_gpu_that_is_not_there_is_checked_on_the_cpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current_accelerator(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    status, output = run(capsys, monkeypatch)
+    assert status == 0
+    assert "device cpu: losses run on the chunked path" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a device that cannot be used")
+def test_files_are_looked_at_also_where_the_device_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: broken)
+    status, output = run(capsys, monkeypatch, str(tmp_path / "none.yaml"))
+    assert status == 1
+    assert "on this device: " in output
+    assert "none.yaml" in output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("loss_type: [", "cannot be read"),
+        ("deft", "is not a YAML mapping"),
+        ("loss_type: deft", "neither base_model (Axolotl) nor model_name_or_path (trl sft)"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_an_error(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert message in finding.text
+
+
+def test_a_file_that_is_not_there_fails_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    status, output = run(capsys, monkeypatch, str(tmp_path / "none.yaml"))
+    assert status == 1
+    assert "none.yaml" in output
+    assert "cannot be read" in output
+
+
+TRL = {"model_name_or_path": "not-loaded", "dataset_name": "not-loaded", "use_cpu": True}
+TRL |= {"bf16": False, "report_to": "none"}
+
+
+def test_a_trl_file_with_an_objective_is_fine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    values = {
+        **TRL,
+        "output_dir": str(tmp_path),
+        "loss_type": "alpha",
+        "loss_kwargs": '{"a": 0.25, "histograms": true}',
+    }
+    path.write_text(yaml.safe_dump(values))
+    status, output = run(capsys, monkeypatch, str(path))
+    assert status == 0
+    assert "a=0.25" in output
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "TRL's own loss"),
+        ({"loss_type": "nll"}, "TRL's own loss"),
+        ({"loss_type": "dfet"}, "dfet"),
+        ({"loss_type": "alpha", "loss_kwargs": '{"b": 1}'}, "'b'"),
+        (
+            {"loss_type": "deft", "loss_kwargs": {"histograms": 1}},
+            "histograms is 1; it must be true",
+        ),
+        ({"loss_type": "deft", "no_such_key": 1}, "no_such_key"),
+    ],
+)
+def test_a_trl_file_without_a_valid_objective_is_an_error(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    (error,) = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **keys)
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
+        (
+            {"use_peft": True, "use_dora": True, "lora_target_modules": ["lm_head"]},
+            "DoRA on lm_head",
+        ),
+    ],
+    ids=str,
+)
+def test_a_trl_file_whose_run_would_be_refused_is_an_error(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    (error,) = errors_of(
+        tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), loss_type="deft", **values
+    )
+    assert message in error
+
+
+def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None:
+    values = {
+        "lossy_type": "deft",
+        "loss_type": "alpha",
+        "loss_kwargs": {"b": 1},
+        "label_smoothing_factor": 0.1,
+        "use_peft": True,
+        "use_dora": True,
+        "lora_target_modules": ["lm_head"],
+    }
+    errors = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **values)
+    assert len(errors) == 4
+    assert "unknown key 'lossy_type'" in errors[0]
+    assert "Did you mean 'loss_type'?" in errors[0]
+    assert "no parameter 'b'" in errors[1]
+    assert "label_smoothing_factor=0.1 cannot be combined with loss_type='alpha'" in errors[2]
+    assert "DoRA on lm_head" in errors[3]
+
+
+@pytest.mark.parametrize("path", ["triton", "quack"])
+def test_a_path_that_cannot_run_here_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    values = {"loss_type": "deft", "loss_kwargs": {"path": path}}
+    (error,) = errors_of(tmp_path / "run.yaml", **TRL, output_dir=str(tmp_path), **values)
+    assert f"On this machine, path='{path}' cannot run" in error
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"base_model: \xff\xe9")
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert "cannot be read" in finding.text
+
+
+@pytest.mark.skipif(find_spec("axolotl") is not None, reason="axolotl is installed")
+def test_an_axolotl_file_where_axolotl_is_not_installed_is_an_error(tmp_path: Path) -> None:
+    (error,) = errors_of(tmp_path / "run.yaml", base_model="not-loaded")
+    assert "axolotl is not installed" in error

@@ -1,0 +1,136 @@
+"""`deft plot` from runs' folders to a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra `report`")
+
+from matplotlib.figure import Figure
+
+from deft_plugin import cli
+from tests.runs import write_run
+
+Plot = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plot(capsys: pytest.CaptureFixture[str]) -> Plot:
+    """`deft plot` in this process: its exit status, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            cli.main(["plot", *map(str, arguments)])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures that were saved; the pictures are written too."""
+    figures: list[Any] = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axis.get_title() or axis.get_title(loc="left") for axis in figure.axes]
+
+
+def test_a_run_is_drawn_beside_its_log(plot: Plot, tmp_path: Path, drawn: list[Any]) -> None:
+    run = write_run(tmp_path / "run")
+    status, out, errors = plot(run)
+    assert (status, errors) == (0, "")
+    assert out == f"Written to {run / 'metrics.png'}\n"
+    assert (run / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    assert "Loss (nats per token)" in titles(drawn[0])
+
+
+def test_chosen_metrics_alone_are_drawn(plot: Plot, tmp_path: Path, drawn: list[Any]) -> None:
+    run = write_run(tmp_path / "run")
+    output = tmp_path / "some.svg"
+    status, _, errors = plot(run, "--metric", "nll", "--metric", "mean_gate", "--output", output)
+    assert status == 0, errors
+    assert b"<svg" in output.read_bytes()
+    labels = {label for axis in drawn[0].axes for label in axis.get_legend_handles_labels()[1]}
+    assert labels == {"nll", "gate"}
+
+
+def test_several_runs_are_compared_and_never_by_their_losses(
+    plot: Plot, tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        write_run(tmp_path / "runs" / name, objective=name, nll=nll)
+        for name, nll in (("nll", (2.0, 1.0)), ("deft", (2.0, 1.25)))
+    ]
+    status, out, errors = plot(*runs)
+    assert status == 0, errors
+    assert (tmp_path / "deft-plot.png").stat().st_size > 1000
+    assert "Written to deft-plot.png" in out
+    assert "1.250" in out
+    assert "answer_accuracy" in out
+    assert "0.750" in out
+    (figure,) = drawn
+    assert len(figure.axes) == 6
+    for axis in figure.axes:
+        assert "oss" not in axis.get_title(loc="left")
+        for line in axis.get_lines():
+            # The losses of `write_run` are 100.
+            assert max(line.get_ydata()) < 100
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["nll (nll)", "deft (deft)"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none"], "RUN 'none' does not exist. Choices: a run's folder, or a trainer_state.json"),
+        (["empty"], "RUN 'empty' has no trainer_state.json"),
+        (["a", "--metric", "nlll"], "--metric 'nlll' is unknown. Choices: loss, objective_loss, nll"),
+        (["own", "--metric", "nll"], "--metric 'nll' was not logged. Of the choices there are: loss"),
+        (["a", "b", "--metric", "loss"], "--metric 'loss' of one objective says nothing about that of another. Choices: nll"),
+        (["a", "b", "--metric", "entropy"], "--metric 'entropy' is unknown. Choices: nll"),
+        (["own", "own", "--metric", "nll"], "--metric 'nll' was logged by none of the runs. Of the choices there are: none"),
+        (["own", "own"], "has logged one of: nll, mean_token_accuracy"),
+        (["a", "--output", "x.txt"], "--output 'x.txt' has no suffix of a picture. Choices: "),
+        (["a", "--output", "none/x.png"], "--output 'none/x.png' cannot be written"),
+        (["bare"], "The log has no metrics to plot, only step, train_runtime"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    plot: Plot,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    for name, entry in (("own", {"loss": 2.0}), ("bare", {"train_runtime": 1.0})):
+        (tmp_path / name).mkdir()
+        state = {"log_history": [{"step": 1, **entry}]}
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps(state))
+    status, out, errors = plot(*arguments)
+    assert (status, out) == (2, "")
+    assert errors.startswith("deft plot: ")
+    assert errors.count("\n") == 1
+    assert message in errors
