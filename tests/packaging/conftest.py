@@ -14,8 +14,23 @@ import pytest
 import deft_plugin
 
 ROOT = Path(__file__).parents[2]
-# One process of the installed package: its command and arguments; what it printed.
+# A program of the installed package and its arguments; what it printed.
 Run = Callable[..., str]
+
+
+def outside(folder: Path, *command: str | Path) -> str:
+    """What a command prints that sees no checkout; fail unless it ends with status 0."""
+    hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    result = subprocess.run(
+        command,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in hidden},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def _built(pattern: str) -> Path:
@@ -35,13 +50,17 @@ def source_distribution() -> Path:
     return _built("deft_plugin-{}.tar.gz")
 
 
+def pip_of(environment: Path) -> list[str | Path]:
+    """This environment's pip, at work in another, which has none."""
+    return [sys.executable, "-m", "pip", "--python", environment]
+
+
 @pytest.fixture(scope="session")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel, which sees this one's packages behind its own."""
     folder = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(folder)]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", wheel], check=True)
+    outside(folder, sys.executable, "-m", "venv", "--without-pip", folder)
+    outside(folder, *pip_of(folder), "install", "-q", "--no-deps", "--no-index", wheel)
     (site_packages,) = folder.glob("lib/python*/site-packages")
     (site_packages / "behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return folder
@@ -49,20 +68,5 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(environment: Path, tmp_path: Path) -> Run:
-    """Run a program of the environment outside any checkout; fail unless it ends with status 0."""
-
-    def of_the_wheel(program: str, *arguments: str) -> str:
-        hidden = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
-        variables = {name: value for name, value in os.environ.items() if name not in hidden}
-        result = subprocess.run(
-            [environment / "bin" / program, *arguments],
-            cwd=tmp_path,
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout
-
-    return of_the_wheel
+    """A program of the environment, in a folder of its own."""
+    return lambda program, *arguments: outside(tmp_path, environment / "bin" / program, *arguments)

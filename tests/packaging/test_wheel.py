@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import deft_plugin
 from tests.tiny import tiny_model, tiny_tokenizer
 
-from .conftest import Run
+from .conftest import Run, outside, pip_of
 
 # Those of the TRL line, as the Makefile installs it, and those that they ask for.
 EXTRAS = ["deepspeed", "dev", "paper", "qlora", "quack", "report", "scripts", "trl", "vision"]
@@ -52,13 +50,8 @@ def test_two_steps_of_training(run: Run, tmp_path: Path) -> None:
 
 def test_the_extras_ask_for_what_the_trl_line_has(environment: Path, wheel: Path) -> None:
     """Those too that ask for one another, by the names that the wheel gives them."""
-    pip = [sys.executable, "-m", "pip", "--python", str(environment), "install", "--no-index"]
     asked = f"deft_plugin[{','.join(EXTRAS)}] @ {wheel.as_uri()}"
-    report = subprocess.run(
-        [*pip, "--dry-run", "--quiet", "--report", "-", asked],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    missing = [each["metadata"]["name"] for each in json.loads(report.stdout)["install"]]
+    options = ["--no-index", "--dry-run", "--quiet", "--report", "-"]
+    report = outside(environment, *pip_of(environment), "install", *options, asked)
+    missing = [each["metadata"]["name"] for each in json.loads(report)["install"]]
     assert set(missing) <= {"deft_plugin"}
