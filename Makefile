@@ -30,20 +30,23 @@ test:
 # A worker goes through the files that it was dealt, so that what a file's tests share is made once, and then takes from another.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
 test-trl test-axolotl test-floor test-benchmark test-kernels package: export OMP_NUM_THREADS := 1
+# Tests are compiled once, for all workers, lines and processes that they start.
+test-trl test-axolotl test-floor test-benchmark test-kernels package: export PYTHONDONTWRITEBYTECODE :=
 
 test-trl: $(TRL)/.ready dist
 	$(TRL)/bin/python $(PYTEST)
 
-# Objectives and core know torch alone: the newest and the lowest will do for them, and the newest for scripts and packages.
+# Objectives and core know torch alone: the newest and the lowest will do for them, and the newest for what is no library.
+ONE_LINE := benchmark docs objectives ops packaging plot scripts
 test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
 	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl_adapter
-	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl_adapter objectives ops packaging scripts)
+	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl_adapter $(ONE_LINE))
 
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
 
 test-benchmark: $(BENCHMARK)/.ready
-	$(BENCHMARK)/bin/python $(PYTEST) tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py
+	$(BENCHMARK)/bin/python $(PYTEST) $(wildcard tests/benchmark tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py)
 
 # The kernels, compiled for GPUs that need not be here. make test does this too.
 test-kernels: $(TRL)/.ready

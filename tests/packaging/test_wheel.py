@@ -20,7 +20,8 @@ def test_it_is_the_wheels_package_that_is_imported(run: Run, environment: Path) 
 
 
 def test_doctor_finds_nothing_wrong(run: Run) -> None:
-    assert f"deft_plugin {deft_plugin.__version__}" in run("deft", "doctor")
+    # With status 0, which `run` sees to.
+    assert "losses run on the" in run("deft", "doctor")
 
 
 def test_objectives_are_listed(run: Run) -> None:
