@@ -10,10 +10,11 @@ TRL := .venv
 AXOLOTL := .venv-axolotl
 FLOOR := .venv-floor
 BENCHMARK := .venv-benchmark
+DOCS := .venv-docs
 UV := .venv-uv
 WORKERS ?= 2
 
-.PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu environments clean
+.PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu docs environments clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
@@ -24,7 +25,7 @@ demo-real: $(TRL)/.ready
 
 # Once the environments are there, what takes longest comes first.
 test:
-	$(MAKE) -j 4 environments lint
+	$(MAKE) -j 4 environments lint docs
 	$(MAKE) test-axolotl test-trl test-floor test-benchmark
 
 # A worker goes through the files that it was dealt, so that what a file's tests share is made once, and then takes from another.
@@ -75,6 +76,10 @@ benchmark: $(BENCHMARK)/.ready
 measure-gpu: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python scripts/measure_gpu.py $(ARGUMENTS)
 
+# Strict: a broken link, an anchor that is not there or a page outside the navigation is an error.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
 environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
 
 # uv instead of pip: what several environments have is fetched and unpacked once. It reads none of pip's settings.
@@ -120,5 +125,12 @@ $(FLOOR)/.ready: $(UV)/.ready pyproject.toml constraints/floor.txt
 	$(INSTALL) -c constraints/floor.txt -e ".[qlora,dev]"
 	touch $@
 
+# The extra alone: the site is made from the sources' text, without torch.
+$(DOCS)/.ready: $(UV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'from pip._vendor import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(INSTALL) -r $(DOCS)/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(UV) build dist runs *.egg-info
+	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(DOCS) $(UV) build dist runs *.egg-info
