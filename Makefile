@@ -2,17 +2,19 @@
 #   make demo    QLoRA fine-tune with DEFT on the shipped base model (no hub, no GPU needed)
 #                (make demo-real: the same on SmolLM2-135M and word problems, out of packages)
 #   make test    lint, types, and the tests under the three lines of versions: newest, Axolotl's, lowest
-# make benchmark measures the loss against the public ones that can run here; on a GPU make test-gpu runs the core's tests, and
-# make measure-gpu both and what else is measured there.
+# make package builds and tests what goes to a package index. make benchmark measures the loss against the public ones that can
+# run here; on a GPU make test-gpu runs the core's tests, and make measure-gpu both and what else is measured there.
 
 PYTHON ?= python3
 TRL := .venv
 AXOLOTL := .venv-axolotl
 FLOOR := .venv-floor
 BENCHMARK := .venv-benchmark
+DOCS := .venv-docs
+UV := .venv-uv
 WORKERS ?= 2
 
-.PHONY: demo demo-real test test-gpu lint benchmark measure-gpu clean
+.PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu docs environments clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
@@ -21,12 +23,35 @@ demo-real: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py --model smollm2 --dataset asdiv --steps 60 --batch-size 16 --learning-rate 1e-3 \
 		--held-out-rows 128 --output runs/demo-real $(ARGUMENTS)
 
-test: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready lint
-	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) tests/axolotl_adapter
-	OMP_NUM_THREADS=1 $(AXOLOTL)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" --ignore tests/axolotl_adapter
-	OMP_NUM_THREADS=1 $(FLOOR)/bin/python -m pytest -q -n $(WORKERS) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
-	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -q -n $(WORKERS)
-	OMP_NUM_THREADS=1 $(BENCHMARK)/bin/python -m pytest -q tests/benchmark tests/scripts/test_benchmark.py
+# Once the environments are there, what takes longest comes first.
+test:
+	$(MAKE) -j 4 environments lint docs
+	$(MAKE) test-axolotl test-trl test-floor test-benchmark
+
+# A worker goes through the files that it was dealt, so that what a file's tests share is made once, and then takes from another.
+PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
+test-trl test-axolotl test-floor test-benchmark test-kernels package: export OMP_NUM_THREADS := 1
+# Tests are compiled once, for all workers, lines and processes that they start.
+test-trl test-axolotl test-floor test-benchmark test-kernels package: export PYTHONDONTWRITEBYTECODE :=
+
+test-trl: $(TRL)/.ready dist
+	$(TRL)/bin/python $(PYTEST)
+
+# Objectives and core know torch alone: the newest and the lowest will do for them, and the newest for what is no library.
+ONE_LINE := benchmark docs objectives ops packaging plot scripts
+test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
+	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl_adapter
+	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl_adapter $(ONE_LINE))
+
+test-floor: $(FLOOR)/.ready
+	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
+
+test-benchmark: $(BENCHMARK)/.ready
+	$(BENCHMARK)/bin/python $(PYTEST) $(wildcard tests/benchmark tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py)
+
+# The kernels, compiled for GPUs that need not be here. make test does this too.
+test-kernels: $(TRL)/.ready
+	$(TRL)/bin/python $(PYTEST) tests/ops/test_ahead_of_time.py tests/ops/test_quack_ahead_of_time.py
 
 test-gpu: $(TRL)/.ready
 	$(TRL)/bin/python -m pytest -q tests/ops
@@ -36,15 +61,42 @@ lint: $(TRL)/.ready
 	$(TRL)/bin/ruff format --check .
 	$(TRL)/bin/mypy
 
+# What dist/ holds after it has been built, installed and tried out.
+package: dist
+	$(TRL)/bin/python -m pytest -q tests/packaging
+
+dist: $(TRL)/.ready
+	rm -rf build dist
+	$(TRL)/bin/python -m build -q
+	$(TRL)/bin/python -m twine check --strict dist/*
+
 benchmark: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python scripts/benchmark.py loss $(ARGUMENTS)
 
 measure-gpu: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python scripts/measure_gpu.py $(ARGUMENTS)
 
-$(TRL)/.ready: pyproject.toml constraints/trl.txt
+# Strict: a broken link, an anchor that is not there or a page outside the navigation is an error.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
+
+# uv instead of pip: what several environments have is fetched and unpacked once. It reads none of pip's settings.
+ifdef PIP_FIND_LINKS
+empty :=
+comma := ,
+export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
+INSTALL = $(UV)/bin/uv pip install -q --compile-bytecode --python $(@D)/bin/python
+$(UV)/.ready:
+	$(PYTHON) -m venv $(UV)
+	$(UV)/bin/python -m pip install -q uv
+	touch $@
+
+$(TRL)/.ready: $(UV)/.ready pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
-	$(TRL)/bin/python -m pip install -q -c constraints/trl.txt -e ".[qlora,deepspeed,paper,vision,quack,dev]"
+	$(INSTALL) -c constraints/trl.txt -e ".[qlora,deepspeed,paper,vision,quack,dev]"
 	touch $@
 
 # Everything of the TRL line, with the public losses on top, which its own tests are not to see.
@@ -57,9 +109,9 @@ $(BENCHMARK)/.ready: $(TRL)/.ready
 	$(BENCHMARK)/bin/python -m pip install -q -c constraints/trl.txt -e ".[$$extra]"
 	touch $@
 
-$(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
+$(AXOLOTL)/.ready: $(UV)/.ready pyproject.toml constraints/axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python -m pip install -q -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
+	$(INSTALL) -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
 	touch $@
 
 # Axolotl's example YAMLs are in its source archive alone.
@@ -68,10 +120,17 @@ $(AXOLOTL)/.examples: $(AXOLOTL)/.ready
 	tar -xzf $(AXOLOTL)/axolotl-*.tar.gz -C $(AXOLOTL)
 	touch $@
 
-$(FLOOR)/.ready: pyproject.toml constraints/floor.txt
+$(FLOOR)/.ready: $(UV)/.ready pyproject.toml constraints/floor.txt
 	$(PYTHON) -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install -q -c constraints/floor.txt -e ".[qlora,dev]"
+	$(INSTALL) -c constraints/floor.txt -e ".[qlora,dev]"
+	touch $@
+
+# The extra alone: the site is made from the sources' text, without torch.
+$(DOCS)/.ready: $(UV)/.ready pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'from pip._vendor import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(INSTALL) -r $(DOCS)/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) build runs *.egg-info
+	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(DOCS) $(UV) build dist runs *.egg-info

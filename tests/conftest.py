@@ -1,5 +1,6 @@
 """Shared by all tests: one thread per process, no hub."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,15 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_exte
 if not torch.cuda.is_available():
     # Before anything imports Triton: kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_not_garbage() -> Iterator[None]:
+    """Trainers and DeepSpeed collect garbage many times, and would spend it on what imports have left behind."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -189,9 +189,9 @@ def _count_own_batches(rank: int, store: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_counts_are_those_of_all_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_count_own_batches, args=(str(tmp_path / "store"),), nprocs=2)
+    arguments = (str(tmp_path / "store"),)
+    torch.multiprocessing.start_processes(_count_own_batches, arguments, 2, start_method="fork")
 
 
 def test_one_collective_has_means_and_histograms(monkeypatch: pytest.MonkeyPatch) -> None:

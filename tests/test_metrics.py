@@ -136,9 +136,9 @@ def _add_own_batches(rank: int, store: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_means_are_over_the_tokens_of_all_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_add_own_batches, args=(str(tmp_path / "store"),), nprocs=2)
+    arguments = (str(tmp_path / "store"),)
+    torch.multiprocessing.start_processes(_add_own_batches, arguments, 2, start_method="fork")
 
 
 def test_the_share_that_was_skipped_is_of_tokens_times_vocabulary() -> None:

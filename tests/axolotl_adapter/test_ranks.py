@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -13,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.ranks import run_ranks
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.updates import make_rows
 
 from . import gathered_attention
-from .running import LORA, PLUGIN, configuration, environment, make_trainer
+from .rank import train
+from .running import LORA, PLUGIN, configuration, make_trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = 3
@@ -72,24 +72,14 @@ def entries(log: list[dict[str, float]]) -> list[dict[str, float]]:
 def log_of_ranks(
     tmp_path: Path, ranks: int, values: dict[str, Any], rows: list[Any], unchecked: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `rank.py` writes, run with this number of ranks; `rows` to train and to evaluate on."""
-    files = [tmp_path / name for name in ("values.json", "rows.json", "log.json")]
-    files[0].write_text(json.dumps([values, unchecked]))
-    files[1].write_text(json.dumps(rows))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(ranks), "-m", "tests.axolotl_adapter.rank"]
-    result = subprocess.run(
-        [*command, *map(str, files)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        # DeepSpeed compiles for minutes where it has not before.
-        timeout=900,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"on {ranks} rank(s)" in result.stdout
-    log: dict[str, Any] = json.loads(files[2].read_text())
+    """What the first of this number of ranks logs; `rows` to train and to evaluate on."""
+
+    def on(rank: int) -> dict[str, Any]:
+        return train(values, unchecked, *rows)
+
+    # By Axolotl, in its own order: what torch does with the ranks' tensors depends on it.
+    log: dict[str, Any] = run_ranks(on, tmp_path, ranks, initialised=False)[0]
+    assert f"on {ranks} rank(s)" in log["printed"]
     return log
 
 

@@ -19,17 +19,22 @@ from torch import distributed
 
 
 def run_ranks(
-    function: Callable[[int], Any], directory: Path, world_size: int = 2, timeout: float = 300
+    function: Callable[[int], Any],
+    directory: Path,
+    world_size: int = 2,
+    timeout: float = 300,
+    initialised: bool = True,
 ) -> list[Any]:
     """What `function(rank)` returns on each rank.
 
     The processes are forked, since new ones would import everything again. Their environment is that of
-    torchrun, and torch.distributed is initialised.
+    torchrun.
 
     Args:
         function: returns what torch.save can write.
         directory: an empty one, for the ranks' results.
         timeout: seconds after which the ranks are ended, and the test fails.
+        initialised: whether torch.distributed is, with gloo; else the function has it done.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -50,7 +55,8 @@ def run_ranks(
         # DeepSpeed collects garbage for every engine, and spends it on what imports left behind.
         gc.freeze()
         try:
-            distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            if initialised:
+                distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
             torch.save(function(rank), directory / f"{rank}.pt")
             distributed.destroy_process_group()
         except BaseException:

@@ -187,9 +187,8 @@ def test_ctrl_c_in_mid_training_ends_the_script_without_an_adapter(
     scripts: Path, tiny_folder: str, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    process = start(
-        scripts, "--model", tiny_folder, "--steps=100000", "--held-out-rows=8", f"--output={output}"
-    )
+    size = ["--steps=100000", "--train-rows=64", "--held-out-rows=8"]
+    process = start(scripts, "--model", tiny_folder, *size, f"--output={output}")
     assert process.stdout is not None
     while "Training" not in (line := process.stdout.readline()):
         assert line, process.communicate()[1]

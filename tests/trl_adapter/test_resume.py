@@ -66,7 +66,10 @@ def test_a_killed_run_resumes_to_the_same_parameters(
 
     killed = tmp_path / "killed"
     with pytest.raises(torch.multiprocessing.ProcessExitedException) as death:
-        torch.multiprocessing.spawn(_train_and_die, (killed, options))
+        # Forked, since a new process would import everything again.
+        torch.multiprocessing.start_processes(
+            _train_and_die, (killed, options), start_method="fork"
+        )
     assert death.value.exit_code == -signal.SIGKILL
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
 

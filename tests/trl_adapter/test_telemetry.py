@@ -159,7 +159,7 @@ def test_a_killed_run_that_goes_on_has_the_counts_of_a_whole_one(tmp_path: Path)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     a_run(whole).train()
     with pytest.raises(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.spawn(_train_and_die, (killed,))
+        torch.multiprocessing.start_processes(_train_and_die, (killed,), start_method="fork")
     assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
     # Two steps more than the checkpoint.
     assert (4, TRAINING) in counts_in(killed)
