@@ -10,9 +10,10 @@ TRL := .venv
 AXOLOTL := .venv-axolotl
 FLOOR := .venv-floor
 BENCHMARK := .venv-benchmark
+DOCS := .venv-docs
 WORKERS ?= 2
 
-.PHONY: demo demo-real test test-gpu lint benchmark measure-gpu clean
+.PHONY: demo demo-real test test-gpu lint benchmark measure-gpu docs clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
@@ -41,6 +42,10 @@ benchmark: $(BENCHMARK)/.ready
 
 measure-gpu: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python scripts/measure_gpu.py $(ARGUMENTS)
+
+# Strict: a broken link, an anchor that is not there or a page outside the navigation is an error.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
@@ -73,5 +78,12 @@ $(FLOOR)/.ready: pyproject.toml constraints/floor.txt
 	$(FLOOR)/bin/python -m pip install -q -c constraints/floor.txt -e ".[qlora,dev]"
 	touch $@
 
+# The extra alone: the site is made from the sources' text, without torch.
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'from pip._vendor import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install -q -r $(DOCS)/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) build runs *.egg-info
+	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(DOCS) build runs *.egg-info

@@ -2,7 +2,7 @@
 
 - The README, and other pages of the repository's root, are pages of the site.
 - Links out of docs, to a script or a folder, lead to a page with that file's text: the site needs no other host.
-- Formulas between dollar signs become MathML, which browsers draw themselves.
+- Formulas between dollar signs become MathML, which browsers draw themselves; the font for it comes along.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import ziamath
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Repository files that are pages: path in the repository, and on the site.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 SOURCE = "source"
+MATH_FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
@@ -28,7 +30,8 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\(\(|\[)(.*?)\\(?:\)|\])
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the root's pages, and a page for every file and folder outside docs that a page links to."""
+    """Add the root's pages, a page for every file and folder outside docs that a page links to, and the font."""
+    files.append(File.generated(config, f"assets/{MATH_FONT.name}", abs_src_path=str(MATH_FONT)))
     for path, uri in PAGES.items():
         if (ROOT / path).exists():
             _add(files, config, uri, (ROOT / path).read_text(encoding="utf-8"))
