@@ -28,6 +28,8 @@ _LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\(\(|\[)(.*?)\\(?:\)|\])</\1>', re.DOTALL)
 
+_NORM = "&#x02016;"
+
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the root's pages, a page for every file and folder outside docs that a page links to, and the font."""
@@ -79,7 +81,8 @@ def on_page_content(content: str, **_: Any) -> str:
         )
         if "\\" in text:
             raise ValueError(f"{formula!r} cannot be written as MathML: {text}")
-        return text
+        # Norms do not grow with what stands between them.
+        return text.replace(f"<mo>{_NORM}", f'<mo stretchy="false">{_NORM}')
 
     return _FORMULA.sub(as_mathml, content)
 
