@@ -99,7 +99,8 @@ def _shell_lines(block: Block) -> Iterator[str]:
     loop: list[str] = []
     for line in text.splitlines():
         line = _COMMENT.sub("", line).strip()
-        if not line or (not block.language and _is_setting(line)):
+        # Inside a loop `done` is no name of Python's.
+        if not line or (not loop and not block.language and _is_setting(line)):
             continue
         # A loop over several lines is one command.
         loop.append(" ".join(line.split()))
