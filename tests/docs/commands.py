@@ -50,11 +50,16 @@ STUDY = Test("test_a_study_goes_on_where_it_was_left")
 BENCHMARK = Test("test_the_command_measures_and_compares")
 SETTINGS = Test("test_losses_and_options_reach_the_trainer")
 
+BENCHMARK_OF_TWO = (
+    'deft benchmark --vocab 32000 --hidden 2048 --head frozen --only "deft_plugin deft" --only "torch cross_entropy"'
+)
+
 RUN_BY: dict[str, RunBy] = {
     # README, installation, quickstart
     'pip install "deft_plugin[qlora]"': A_RELEASE,
     'pip install "deft_plugin[report]"': A_RELEASE,
-    'pip install ".[qlora]"': Target("$(TRL)/.ready"),
+    'pip install "deft_plugin[qlora,report]"': A_RELEASE,
+    'pip install ".[qlora,report]"': Target("$(TRL)/.ready"),
     'pip install -c constraints/trl.txt -e ".[qlora]"': Target("$(TRL)/.ready"),
     'pip install -c constraints/trl.txt -e ".[qlora,vision]"': Target("$(TRL)/.ready"),
     "deft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data --use_peft --learning_rate 2e-4 "
@@ -80,7 +85,11 @@ RUN_BY: dict[str, RunBy] = {
     "deft sft --loss_type deft ...": Form("deft sft --config run.yaml"),
     "deft report": Form("deft report MODEL --data DATA --output FOLDER"),
     "deft plot": Form("deft plot out"),
-    "deft benchmark": Test("test_help_of_every_command_names_its_options"),
+    "deft benchmark": Form(BENCHMARK_OF_TWO),
+    BENCHMARK_OF_TWO: Test("test_the_loss_is_measured"),
+    "deft plot runs/nll runs/deft --metric nll --metric mean_token_accuracy --output compared.png": Test(
+        "test_deft_against_nll"
+    ),
     "deft COMMAND --help": Test("test_help_of_every_command_names_its_options"),
     "trl sft": CannotRun("TRL's own"),
     "axolotl train": Form("axolotl train axolotl_configs/local.yaml"),

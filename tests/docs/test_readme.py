@@ -17,6 +17,7 @@ from peft import PeftModel
 
 import deft_plugin
 from deft_plugin import cli
+from tests.docs.commands import RUN_BY
 from tests.docs.pages import ROOT, blocks, commands
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -80,12 +81,14 @@ def test_deft_against_nll(folder: Path) -> None:
     write_data(folder, rows()[0])
     of_readme = [command.text for command in commands() if command.page == README]
     trainings = [text for text in of_readme if text.startswith("deft sft --model_name_or_path")]
-    (look,) = (text for text in of_readme if text.startswith("deft plot"))
+    looks = {command.text for command in commands() if command.text.startswith("deft plot runs/")}
+    assert looks & set(of_readme)
     here = "--use_cpu True --bf16 False --max_steps 2 --logging_steps 1 --eval_steps 1 --report_to none"
     assert len(trainings) == 2
     for training in trainings:
         run(f"{training} {here} --save_steps 2")
-    run(look)
+    for look in looks:
+        run(look)
     for run_folder in ("runs/nll", "runs/deft"):
         (state,) = Path(run_folder).glob("checkpoint-2/trainer_state.json")
         evaluations = [entry for entry in json.loads(state.read_text())["log_history"] if "eval_nll" in entry]
@@ -94,6 +97,15 @@ def test_deft_against_nll(folder: Path) -> None:
         gates = {entry["eval_mean_gate"] for entry in evaluations}
         assert (gates == {1.0}) == (run_folder == "runs/nll")
     assert list(Path().glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_loss_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = (text for text in RUN_BY if text.startswith("deft benchmark --"))
+    run(f"{command} --vocab 131 --hidden 16 --tokens 64 --repetitions 1")
+    printed = capsys.readouterr().out
+    assert "deft_plugin deft" in printed
+    assert "torch cross_entropy" in printed
 
 
 def run(command: str) -> None:
