@@ -19,7 +19,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 # Repository files that are pages: path in the repository, and on the site.
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
 SOURCE = "source"
 MATH_FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
 LANGUAGES = {".py": "python", ".json": "json", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
@@ -38,7 +42,8 @@ def on_files(files: Files, config: Any) -> Files:
         if (ROOT / path).exists():
             _add(files, config, uri, (ROOT / path).read_text(encoding="utf-8"))
     texts = [
-        (_repository_path(file.src_uri), file.content_string) for file in files.documentation_pages()
+        (_repository_path(file.src_uri), file.content_string)
+        for file in files.documentation_pages()
     ]
     linked = {
         target
@@ -62,7 +67,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         link, anchor = match[1], match[2] or ""
         if _is_elsewhere(link):
             return match[0]
-        return posixpath.relpath(_site_path(_resolve(link, base)), posixpath.dirname(here) or ".") + anchor
+        return (
+            posixpath.relpath(_site_path(_resolve(link, base)), posixpath.dirname(here) or ".")
+            + anchor
+        )
 
     return _outside_code(markdown, lambda text: _LINK.sub(rewritten, text))
 
@@ -77,7 +85,8 @@ def on_page_content(content: str, **_: Any) -> str:
     def as_mathml(match: re.Match[str]) -> str:
         formula = html.unescape(match[3])
         text = convert(
-            formula.replace(r"\arg", r"\mathrm{arg}\,"), display="inline" if match[2] == "(" else "block"
+            formula.replace(r"\arg", r"\mathrm{arg}\,"),
+            display="inline" if match[2] == "(" else "block",
         )
         if "\\" in text:
             raise ValueError(f"{formula!r} cannot be written as MathML: {text}")
@@ -114,7 +123,16 @@ def _add_source(files: Files, config: Any, target: str) -> None:
 def _is_shown(path: Path) -> bool:
     if path.name.startswith((".", "__pycache__")):
         return False
-    return path.is_dir() or path.suffix in (*LANGUAGES, ".txt", ".md", ".jinja", ".jsonl", ".html", ".css", ".js")
+    return path.is_dir() or path.suffix in (
+        *LANGUAGES,
+        ".txt",
+        ".md",
+        ".jinja",
+        ".jsonl",
+        ".html",
+        ".css",
+        ".js",
+    )
 
 
 def _links(markdown: str) -> list[str]:

@@ -50,9 +50,7 @@ STUDY = Test("test_a_study_goes_on_where_it_was_left")
 BENCHMARK = Test("test_the_command_measures_and_compares")
 SETTINGS = Test("test_losses_and_options_reach_the_trainer")
 
-BENCHMARK_OF_TWO = (
-    'deft benchmark --vocab 32000 --hidden 2048 --head frozen --only "deft_plugin deft" --only "torch cross_entropy"'
-)
+BENCHMARK_OF_TWO = 'deft benchmark --vocab 32000 --hidden 2048 --head frozen --only "deft_plugin deft" --only "torch cross_entropy"'
 
 RUN_BY: dict[str, RunBy] = {
     # README, installation, quickstart
@@ -151,6 +149,11 @@ RUN_BY: dict[str, RunBy] = {
     ),
     "pip install --no-deps hqq einops termcolor optimum-quanto ninja": CannotRun("packages beside the tested lines"),
     "pytest tests/head/test_bases.py": Target("test"),
+    # Testing
+    "make test-trl": Target("test-trl"),
+    "make test-axolotl": Target("test-axolotl"),
+    "make test-floor": Target("test-floor"),
+    "make test-benchmark": Target("test-benchmark"),
     # The study
     "python scripts/study.py small": STUDY,
     "python scripts/study.py real": STUDY,

@@ -112,7 +112,9 @@ def _shell_lines(block: Block) -> Iterator[str]:
 
 def _is_command(span: str) -> bool:
     program, *arguments = span.split(" ")
-    return bool(arguments) and (program in PROGRAMS or re.fullmatch(r"scripts/\S+\.py", program) is not None)
+    return bool(arguments) and (
+        program in PROGRAMS or re.fullmatch(r"scripts/\S+\.py", program) is not None
+    )
 
 
 def _is_python(text: str) -> bool:

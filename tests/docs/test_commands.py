@@ -7,13 +7,13 @@ import io
 import re
 import shlex
 import sys
-import tomllib
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import tomllib
 import typer
 from typer.testing import CliRunner
 
