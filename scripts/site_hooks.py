@@ -114,7 +114,7 @@ def _add_source(files: Files, config: Any, target: str) -> None:
         for each in inside:
             _add_source(files, config, f"{target}/{each.name}")
         body = "\n".join(
-            f"- [{each.name}]({posixpath.relpath(_site_path(f'{target}/{each.name}'), posixpath.dirname(uri))})"
+            f"- [`{each.name}`]({posixpath.relpath(_site_path(f'{target}/{each.name}'), posixpath.dirname(uri))})"
             for each in inside
         )
     _add(files, config, uri, f"---\nsearch: {{exclude: true}}\n---\n\n# `{target}`\n\n{body}\n")
