@@ -11,7 +11,6 @@ AXOLOTL := .venv-axolotl
 FLOOR := .venv-floor
 BENCHMARK := .venv-benchmark
 DOCS := .venv-docs
-UV := .venv-uv
 WORKERS ?= 2
 
 .PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu docs environments clean
@@ -82,19 +81,9 @@ docs: $(DOCS)/.ready
 
 environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
 
-# uv instead of pip: what several environments have is fetched and unpacked once. It reads none of pip's settings.
-ifdef PIP_FIND_LINKS
-empty :=
-comma := ,
-export UV_FIND_LINKS ?= $(subst $(empty) $(empty),$(comma),$(strip $(PIP_FIND_LINKS)))
-endif
-INSTALL = $(UV)/bin/uv pip install -q --compile-bytecode --python $(@D)/bin/python
-$(UV)/.ready:
-	$(PYTHON) -m venv $(UV)
-	$(UV)/bin/python -m pip install -q uv
-	touch $@
+INSTALL = $(@D)/bin/python -m pip install -q
 
-$(TRL)/.ready: $(UV)/.ready pyproject.toml constraints/trl.txt
+$(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
 	$(INSTALL) -c constraints/trl.txt -e ".[qlora,deepspeed,paper,vision,quack,dev]"
 	touch $@
@@ -106,10 +95,10 @@ $(BENCHMARK)/.ready: $(TRL)/.ready
 	$(PYTHON) -m venv $(BENCHMARK)
 	$(TRL)/bin/python $(PURELIB) > "$$($(BENCHMARK)/bin/python $(PURELIB))/trl-line.pth"
 	if $(BENCHMARK)/bin/python $(HAS_GPU); then extra=benchmark-gpu; else extra=benchmark; fi; \
-	$(BENCHMARK)/bin/python -m pip install -q -c constraints/trl.txt -e ".[$$extra]"
+	$(INSTALL) -c constraints/trl.txt -e ".[$$extra]"
 	touch $@
 
-$(AXOLOTL)/.ready: $(UV)/.ready pyproject.toml constraints/axolotl.txt
+$(AXOLOTL)/.ready: pyproject.toml constraints/axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
 	$(INSTALL) -c constraints/axolotl.txt -e ".[qlora,axolotl,deepspeed,dev]"
 	touch $@
@@ -120,17 +109,17 @@ $(AXOLOTL)/.examples: $(AXOLOTL)/.ready
 	tar -xzf $(AXOLOTL)/axolotl-*.tar.gz -C $(AXOLOTL)
 	touch $@
 
-$(FLOOR)/.ready: $(UV)/.ready pyproject.toml constraints/floor.txt
+$(FLOOR)/.ready: pyproject.toml constraints/floor.txt
 	$(PYTHON) -m venv $(FLOOR)
 	$(INSTALL) -c constraints/floor.txt -e ".[qlora,dev]"
 	touch $@
 
 # The extra alone: the site is made from the sources' text, without torch.
-$(DOCS)/.ready: $(UV)/.ready pyproject.toml
+$(DOCS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -c 'from pip._vendor import tomli; print(*tomli.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
 	$(INSTALL) -r $(DOCS)/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(DOCS) $(UV) build dist runs *.egg-info
+	rm -rf $(TRL) $(AXOLOTL) $(FLOOR) $(BENCHMARK) $(DOCS) build dist runs *.egg-info

@@ -5,8 +5,10 @@ python scripts/plot_theory.py
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,8 +24,9 @@ VOCAB_SIZE = 150_000
 MEAN_PROBABILITY = 0.5
 # Okabe and Ito's colours that have contrast on white and on black; axes in a grey that has it too. The
 # background is transparent.
-ORANGE, BLUE, GREEN, RED = "#e69f00", "#3d94d6", "#009e73", "#d55e00"
+ORANGE, BLUE, GREEN, RED, PURPLE = "#e69f00", "#3d94d6", "#009e73", "#d55e00", "#a8488f"
 GREY = "#808890"
+DASH_DOT_DOT = (0, (5, 1.5, 1.2, 1.5, 1.2, 1.5))
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Curve:
     label: str
     gate: Tensor
     colour: str
-    style: str
+    style: Any
     place: tuple[float, float]
     slope: float = 0
 
@@ -42,7 +45,8 @@ def gate_curves(p: Tensor) -> list[Curve]:
     """Gates at the target probabilities p, shape (N,), in (0, 1].
 
     `deft` looks at the whole distribution: its gate lies between those of a model that spreads the rest
-    of its belief over the vocabulary, and of one that has it all on one other token.
+    of its belief over the vocabulary, and of one that has it all on one other token. `eaft` looks at the
+    entropy of the k most likely tokens alone, so p bounds it from above.
     """
     undecided = p * p + (1 - p) ** 2 / (VOCAB_SIZE - 1)
     settled = p * p + (1 - p) ** 2
@@ -51,6 +55,13 @@ def gate_curves(p: Tensor) -> list[Curve]:
         objective = build_objective(name, parameters)
         return objective.gate(TokenStatistics(p.log(), VOCAB_SIZE, collision=collision))
 
+    eaft = build_objective("eaft")
+    k = eaft.top_k or 0
+    rest = (1 - p) / (k - 1)
+    entropy = -torch.special.xlogy(p, p) - (k - 1) * torch.special.xlogy(rest, rest)
+    # A target may be the least likely of the k, or not be among them.
+    largest = entropy.where(p > 1 / k, torch.full_like(p, math.log(k)))
+    eaft_gate = eaft.gate(TokenStatistics(p.log(), VOCAB_SIZE, top_k_entropy=largest))
     mean = {"scope": "fixed", "mean_probability": MEAN_PROBABILITY}
     return [
         Curve("nll", gate("nll"), GREY, "-", (0.02, 1.025)),
@@ -60,9 +71,10 @@ def gate_curves(p: Tensor) -> list[Curve]:
             "cayley_trans, mean p = 0.5", gate("cayley_trans", **mean), RED, "-.", (0.045, 0.665)
         ),
         Curve(
-            "deft, settled on another token", gate("deft", settled), BLUE, "-", (0.27, 0.385), 31
+            "deft, settled on another token", gate("deft", settled), BLUE, "-", (0.225, 0.305), 34
         ),
         Curve("p, dft", gate("p"), ORANGE, "--", (0.42, 0.345)),
+        Curve("eaft, at most", eaft_gate, PURPLE, DASH_DOT_DOT, (0.855, 0.29)),
     ]
 
 
@@ -75,7 +87,7 @@ def plot(path: Path) -> None:
     band = [gate for label, gate in by_label.items() if label.startswith("deft")]
     axis.fill_between(p, *band, color=BLUE, alpha=0.15, linewidth=0)
     for curve in curves:
-        axis.plot(p, curve.gate, curve.style, color=curve.colour, linewidth=2)
+        axis.plot(p, curve.gate, linestyle=curve.style, color=curve.colour, linewidth=2)
         axis.text(
             *curve.place,
             curve.label,

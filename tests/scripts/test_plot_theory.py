@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ plot_theory = pytest.importorskip("plot_theory", reason="needs the extra `script
 def test_curves_are_the_gates_by_their_formulas() -> None:
     p = torch.linspace(0.01, 1, 100, dtype=torch.float64)
     cayley = p / (2 - p)
+    # The target has p, the 19 other of the 20 most likely tokens the same each.
+    others = (1 - p) / 19
+    entropy = -(p * p.log() + 19 * torch.special.xlogy(others, others))
     expected = {
         "nll": p**0,
         "deft, the model is undecided": p ** (p * p + (1 - p) ** 2 / 149_999),
@@ -21,6 +25,7 @@ def test_curves_are_the_gates_by_their_formulas() -> None:
         "cayley_trans, mean p = 0.5": p ** (0.25 + 0.75 * cayley),
         "deft, settled on another token": p ** (p * p + (1 - p) ** 2),
         "p, dft": p,
+        "eaft, at most": torch.where(p > 0.05, entropy, math.log(20) * p**0) / 3,
     }
     curves = {curve.label: curve.gate for curve in plot_theory.gate_curves(p)}
     assert list(curves) == list(expected)
