@@ -12,6 +12,13 @@ gated_loss(logits, targets)                     # the loss of logits you have
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .head import (
+        GatedCausalLMOutput,
+        GatedHead,
+        add_gated_head,
+        gated_head_of,
+        keep_cpu_weights_unpacked,
+    )
     from .objectives import (
         FocusObjective,
         Objective,
@@ -24,6 +31,8 @@ if TYPE_CHECKING:
         register_objective,
     )
     from .ops import CountedTargets, GatedLoss, gated_loss, linear_gated_loss
+    from .transformers import GatedTrainer, LogitsLoss
+    from .trl import register, unregister
 
 __version__ = "0.1.0"
 
@@ -59,6 +68,8 @@ _LAZY = {
     "GatedCausalLMOutput": "head",
     "GatedHead": "head",
     "GatedLoss": "ops",
+    "GatedTrainer": "transformers",
+    "LogitsLoss": "transformers",
     "Objective": "objectives",
     "TokenStatistics": "objectives",
     "WeightedObjective": "objectives",
@@ -66,15 +77,13 @@ _LAZY = {
     "build_objective": "objectives",
     "deformed_log_loss": "objectives",
     "gated_head_of": "head",
-    "keep_cpu_weights_unpacked": "head",
-    "GatedTrainer": "transformers",
     "gated_loss": "ops",
+    "keep_cpu_weights_unpacked": "head",
     "linear_gated_loss": "ops",
     "objective": "objectives",
     "objective_names": "objectives",
-    "register_objective": "objectives",
-    "LogitsLoss": "transformers",
     "register": "trl",
+    "register_objective": "objectives",
     "unregister": "trl",
 }
 

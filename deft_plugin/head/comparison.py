@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from .configuration import numbers_of
 from .cpu_weights import cpu_weights_left_unpacked
-from .head.lm_head import lm_head_of, lm_head_rows
-from .head.substitution import in_mode
+from .lm_head import lm_head_of, lm_head_rows
 from .measurement import PROBE_SHAPE, UnknownForwardError
 from .own_forward import OwnForward
+from .substitution import in_mode
 
 logger = logging.getLogger("deft_plugin")
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from ..objectives import Objective, build_objective
 from ..ops import CoreSettings, CountedTargets, GatedLoss, linear_gated_loss
 from .comparison import compare_on_tokens, has_weights_in_parts
-from .head.substitution import attribute_of
 from .labels import Labels, counted_targets, version_of
 from .measurement import UnknownForwardError
 from .output import GatedCausalLMOutput
@@ -25,6 +24,7 @@ from .own_forward import OwnForward
 from .projection import Projection
 from .refusals import check_finite, check_is_linear
 from .replaced_forward import ReplacedForward
+from .substitution import attribute_of
 from .taken_apart import project_with
 
 logger = logging.getLogger("deft_plugin")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..ops.projection import LogitsTransform
 from .configuration import configs_of
-from .head.lm_head import innermost
+from .lm_head import innermost
 
 # Of the probe, and of the batch that a forward is tried on: two rows, since a loss may be a mean of means.
 PROBE_SHAPE = (2, 4)

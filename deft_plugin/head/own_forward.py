@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from ..ops import GatedLoss
 from .auxiliary_loss import with_auxiliary_loss
-from .head.lm_head import lm_head_device, lm_head_of, lm_head_width
 from .labels import Labels
+from .lm_head import lm_head_device, lm_head_of, lm_head_width
 from .measurement import PROBE_SHAPE, Measurement, UnknownForwardError, measure, probe_of, state_of
 from .own_loss import (
     auxiliary_coefficient,

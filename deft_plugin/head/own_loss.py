@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .auxiliary_loss import auxiliary_loss_of, coefficient_of
 from .configuration import numbers_of
-from .head.lm_head import lm_head_of, lm_head_rows, lm_head_width
+from .lm_head import lm_head_of, lm_head_rows, lm_head_width
 from .measurement import UnknownForwardError
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .head.lm_head import lm_head_device
+from .lm_head import lm_head_device
 
 
 def is_quantised(layer: Any) -> bool:

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from .adapters import check_adapter, is_trainable_tokens
-from .head.lm_head import innermost, lm_head_device, lm_head_of, unwrapped
-from .head.substitution import in_mode
+from .lm_head import innermost, lm_head_device, lm_head_of, unwrapped
 from .quantised_weight import is_quantised
+from .substitution import in_mode
 from .taken_apart import has_gathering_hooks, projection_of
 
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from ..ops import GatedLoss
 from .configuration import configs_of
-from .head.substitution import attribute_of, child_of
 from .labels import Labels
 from .measurement import UnknownForwardError
+from .substitution import attribute_of, child_of
 
 
 class LmHeadStandIn(nn.Module):

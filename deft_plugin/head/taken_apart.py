@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .adapters import check_adapter, is_trainable_tokens, with_lora, with_trainable_tokens
-from .head.lm_head import unwrapped
-from .head.substitution import forward_of
+from .lm_head import unwrapped
 from .projection import Projection
 from .quantised_weight import dequantised, is_quantised
 from .sharding import deepspeed_shard_of, shard_of
+from .substitution import forward_of
 
 
 def project_with(
