@@ -83,6 +83,7 @@ RUN_BY: dict[str, RunBy] = {
     "deft sft --loss_type deft ...": Form("deft sft --config run.yaml"),
     "deft report": Form("deft report MODEL --data DATA --output FOLDER"),
     "deft plot": Form("deft plot out"),
+    "deft plot RUN...": Form("deft plot out"),
     "deft benchmark": Form(BENCHMARK_OF_TWO),
     BENCHMARK_OF_TWO: Test("test_the_loss_is_measured"),
     "deft plot runs/nll runs/deft --metric nll --metric mean_token_accuracy --output compared.png": Test(
