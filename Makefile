@@ -43,7 +43,7 @@ test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
 	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl_adapter $(ONE_LINE))
 
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter
+	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter tests/transformers_adapter
 
 test-benchmark: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python $(PYTEST) $(wildcard tests/benchmark tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py)
