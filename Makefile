@@ -36,17 +36,18 @@ test-trl test-axolotl test-floor test-benchmark test-kernels package: export PYT
 test-trl: $(TRL)/.ready dist
 	$(TRL)/bin/python $(PYTEST)
 
-# Objectives and core know torch alone: the newest and the lowest will do for them, and the newest for what is no library.
+# Objectives and core know torch alone: the newest and the lowest will do for them, but for kernels; the newest for what is no library.
 ONE_LINE := benchmark docs objectives ops packaging plot scripts
 test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
-	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl_adapter
-	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl_adapter $(ONE_LINE))
+	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl
+	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl $(ONE_LINE))
+	$(AXOLOTL)/bin/python $(PYTEST) tests/ops/test_triton.py
 
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl_adapter tests/transformers_adapter
+	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl tests/transformers
 
 test-benchmark: $(BENCHMARK)/.ready
-	$(BENCHMARK)/bin/python $(PYTEST) $(wildcard tests/benchmark tests/scripts/test_public_losses.py tests/scripts/test_benchmark.py)
+	$(BENCHMARK)/bin/python $(PYTEST) tests/benchmark tests/scripts/test_benchmark.py
 
 # The kernels, compiled for GPUs that need not be here. make test does this too.
 test-kernels: $(TRL)/.ready

@@ -50,7 +50,7 @@ class Scale:
         objectives: in the order in which they run. "p" has the gradient of "dft", which is not run beside it.
         learning_rates: the grid that each objective's is chosen from.
         chooses_on_clean: whether it is chosen with clean answers alone, and kept for corrupted ones.
-        train_rows: rows that a run trains on, once.
+        train_rows: rows that a run trains on, once, where the data set does not say.
         batch_size: rows a step, or packed rows.
         packed_length: tokens of a packed row, which holds several rows; None for no packing.
         eval_batch_size: rows of a forward pass of an evaluation.
@@ -108,7 +108,7 @@ def perform(run: Run, scale: Scale) -> dict[str, float | str]:
     )
     data = scale.data[run.data]
     if run.objective != BASE:
-        rows = training_rows(data, scale.train_rows, run.corrupted, run.seed)
+        rows = training_rows(data, data.train_rows or scale.train_rows, run.corrupted, run.seed)
         model = train(model, tokenizer, rows, run, scale)
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16):

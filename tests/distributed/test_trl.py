@@ -160,7 +160,7 @@ def test_zero3_trains_the_models_own_loss_whatever_its_forward_does(
         own = model.eval()(input_ids=ids, labels=ids, use_cache=False).loss.item()
 
     def first_nll() -> float:
-        from ..trl_adapter.running import config, make_trainer
+        from ..trl.running import config, make_trainer
 
         options = {**distributed_options("zero3"), "gradient_checkpointing": False}
         args = config(

@@ -49,7 +49,7 @@ def save_models(directory: Path) -> None:
 
 def make_trained(run: Run, directory: Path, rows: Rows | None = None, **options: Any) -> Any:
     """A trainer after it has trained a model in `directory`, with evaluations on the way."""
-    from ..trl_adapter.running import as_dataset, config, make_trainer
+    from ..trl.running import as_dataset, config, make_trainer
 
     # What an earlier run in this process has left behind.
     AcceleratorState._reset_state(reset_partial_state=True)

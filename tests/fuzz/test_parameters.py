@@ -50,10 +50,10 @@ def test_an_objective_is_valid_or_refused(name: Any, given_parameters: dict[str,
 @settings(max_examples=150, deadline=None)
 @given(st.one_of(parameters, values), st.booleans())
 def test_loss_kwargs_of_the_trainer_are_valid_or_refused(given_value: Any, as_json: bool) -> None:
-    trl_adapter = pytest.importorskip("deft_plugin.trl")
+    trl = pytest.importorskip("deft_plugin.trl")
     value = json.dumps(given_value, default=str) if as_json else given_value
     try:
-        args = trl_adapter.SFTConfig(
+        args = trl.SFTConfig(
             loss_type="cayley_trans",
             loss_kwargs=value,
             output_dir="unused",

@@ -15,7 +15,7 @@ import trl
 import deft_plugin
 from deft_plugin.trl import SFTConfig, SFTTrainer
 from tests.tiny import tiny_model
-from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import make_rows, update_of
 
 NAMES = sorted(set(deft_plugin.objective_names()) - {"nll", "dft"})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.transformers_adapter.running import arguments, make_trainer
+from tests.transformers.running import arguments, make_trainer
 from tests.updates import Update, make_rows, update_of
 
 

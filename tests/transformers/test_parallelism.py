@@ -24,7 +24,7 @@ from tests.distributed.deepspeed_files import DIRECTORY
 from tests.distributed.ranks import run_ranks
 from tests.distributed.steps import whole_parameters
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.transformers_adapter.running import arguments, make_trainer
+from tests.transformers.running import arguments, make_trainer
 from tests.updates import make_rows
 
 ATTENTION = functional.scaled_dot_product_attention

@@ -16,8 +16,8 @@ import deft_plugin
 from deft_plugin.trl import SFTTrainer
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trl_adapter.running import as_dataset, config, logged, make_trainer
-from tests.trl_adapter.test_models import LORA, assert_step_is_that_of_the_formula
+from tests.trl.running import as_dataset, config, logged, make_trainer
+from tests.trl.test_models import LORA, assert_step_is_that_of_the_formula
 from tests.updates import make_rows
 
 

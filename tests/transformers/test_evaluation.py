@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction
 
 from deft_plugin.metrics import METRICS
 from tests.formula_metrics import formula_metrics
-from tests.transformers_adapter.running import arguments, logged, make_trainer, qwen3
+from tests.transformers.running import arguments, logged, make_trainer, qwen3
 from tests.updates import Rows, formula_mean, label_logits, make_rows
 
 SHORT, LONG = {"shortest": 3, "longest": 4}, {"shortest": 25, "longest": 30}

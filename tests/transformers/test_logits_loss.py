@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from deft_plugin import LogitsLoss
-
-from .cases import OBJECTIVES, relative_error
-from .formulas import formula_losses
+from tests.ops.cases import OBJECTIVES, relative_error
+from tests.ops.formulas import formula_losses
 
 VOCAB_SIZE = 9
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from deft_plugin import gated_head_of
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trl_adapter.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import (
     assert_same_update,
     formula_mean,

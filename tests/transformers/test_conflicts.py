@@ -19,7 +19,7 @@ from transformers import (
 
 from deft_plugin import GatedTrainer
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.transformers_adapter.running import arguments, logged, make_trainer, qwen3
+from tests.transformers.running import arguments, logged, make_trainer, qwen3
 from tests.updates import formula_mean, make_rows, update_of
 
 

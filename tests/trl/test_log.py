@@ -13,7 +13,7 @@ from transformers import EvalPrediction, TrainerCallback
 from deft_plugin.metrics import METRICS
 from deft_plugin.trl import SFTTrainer
 from tests.formula_metrics import formula_metrics
-from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import label_logits, make_rows
 
 SHORT, LONG = {"shortest": 3, "longest": 4}, {"shortest": 25, "longest": 30}

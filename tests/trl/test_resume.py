@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tests.trl_adapter.running import config, make_trainer
+from tests.trl.running import config, make_trainer
 from tests.updates import Rows, make_rows, update_of
 
 RUNS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import pytest
 
 from deft_plugin.metrics import METRICS
 from tests.distributed.ranks import run_ranks
-from tests.transformers_adapter.running import arguments, make_trainer
+from tests.transformers.running import arguments, make_trainer
 from tests.updates import assert_same_update, make_rows, update_of
 
 

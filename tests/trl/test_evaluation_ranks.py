@@ -10,8 +10,8 @@ import pytest
 
 from deft_plugin import evaluation_rows, training
 from tests.distributed.ranks import run_ranks
-from tests.trl_adapter.running import as_dataset, config, make_trainer
-from tests.trl_adapter.test_log import expected_metrics, metrics_of
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.trl.test_log import expected_metrics, metrics_of
 from tests.updates import make_rows
 
 # Of one length, since accelerate dispatches such rows only, and with very unequal numbers of labels.

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from tests.tiny import tiny_tokenizer
-from tests.trl_adapter.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import (
     Rows,
     assert_same_update,

@@ -9,7 +9,7 @@ import pytest
 
 from deft_plugin.metrics import METRICS
 from tests.distributed.ranks import run_ranks
-from tests.trl_adapter.running import as_dataset, config, make_trainer
+from tests.trl.running import as_dataset, config, make_trainer
 from tests.updates import assert_same_update, make_rows, update_of
 
 

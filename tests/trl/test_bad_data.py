@@ -13,7 +13,7 @@ from peft import PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.trl_adapter.running import as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
 from tests.updates import make_rows
 
 PAIRS = [("1 + 1 =", " 2"), ("12 * 3 =", " 36, of course"), ("So?", " No"), ("Why?", " 42 is why")]

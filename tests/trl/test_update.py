@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deft_plugin import TokenStatistics, objective, objective_names
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
-from tests.trl_adapter.running import LEARNING_RATE, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, config, logged, make_trainer, qwen3
 from tests.updates import (
     assert_same_update,
     formula_mean,
