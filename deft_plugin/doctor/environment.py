@@ -6,6 +6,8 @@ import importlib
 import platform
 from collections.abc import Iterator
 
+import deft_plugin
+
 from ..ops.availability import resolve_path
 from .axolotl import AXOLOTL_PLUGIN
 from .finding import Finding, quiet
@@ -15,6 +17,7 @@ from .packages import check_versions, is_installed
 
 def check_environment() -> Iterator[Finding]:
     """Versions against what this package asks for, the device, and the loss on it."""
+    yield Finding("ok", f"deft_plugin {deft_plugin.__version__}")
     yield Finding("ok", f"Python {platform.python_version()}")
     yield from check_versions()
     device = device_here()

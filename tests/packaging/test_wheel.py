@@ -21,7 +21,7 @@ def test_it_is_the_wheels_package_that_is_imported(run: Run, environment: Path) 
 
 def test_doctor_finds_nothing_wrong(run: Run) -> None:
     # With status 0, which `run` sees to.
-    assert "losses run on the" in run("deft", "doctor")
+    assert f"deft_plugin {deft_plugin.__version__}" in run("deft", "doctor")
 
 
 def test_objectives_are_listed(run: Run) -> None:
