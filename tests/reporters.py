@@ -7,6 +7,7 @@ import json
 import sqlite3
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,10 +45,16 @@ def sent_to_wandb(folder: Path) -> Sent:
     directory = Path(wandb.run.dir).parent
     wandb.finish()
     (path,) = directory.glob("*.wandb")
+    # Another process writes it, and its last block may come after `finish` has returned.
+    deadline = time.monotonic() + 60
+    while True:
+        kept = [Record.FromString(text) for text in records(path.read_bytes()[7:], 7)]
+        if kept and kept[-1].WhichOneof("record_type") == "exit":
+            break
+        assert time.monotonic() < deadline, "W&B's file has no end"
+        time.sleep(0.1)
     sent: Sent = {}
-    for text in records(path.read_bytes()[7:], 7):
-        record = Record()
-        record.ParseFromString(text)
+    for record in kept:
         items = {tuple(i.nested_key): json.loads(i.value_json) for i in record.history.item}
         for tag in [key[0] for key in items if key[1:] == ("bins",)]:
             step = items[("train/global_step",)]
