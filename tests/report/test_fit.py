@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from deft_plugin.report.causality import check_is_causal
@@ -50,6 +52,15 @@ def test_a_model_that_sees_the_target_is_refused(architecture: str, dtype: torch
         untrained = tiny_model(architecture, initializer_range=0.02).eval()
         with pytest.raises(ValueError, match="is not a causal language model"):
             check_is_causal(untrained, ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", BIDIRECTIONAL)
+def test_such_a_model_as_a_decoder_is_measured(architecture: str, dtype: torch.dtype) -> None:
+    if architecture in ("rembert", "roformer") and Version(transformers.__version__) < Version(
+        "5.24"
+    ):
+        pytest.skip("in this transformers it sees what follows as a decoder too")
     check_is_causal(tiny_model(architecture, is_decoder=True).eval().to(dtype), ROWS)
 
 
