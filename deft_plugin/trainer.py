@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import Trainer
 
 from .checks import check_data, data_sets_of
 from .conflicts import check_unchanged
-from .head import GatedCausalLMOutput, add_gated_head
+from .head import GatedCausalLMOutput, GatedHead, add_gated_head, gated_head_of
 from .head.cpu_weights import keep_cpu_weights_unpacked
 from .objectives import Objective
 from .ops import CoreSettings
@@ -187,6 +188,15 @@ class GatedTrainerMixin(Trainer):
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """A batch for which the model's own forward runs, with its logits."""
     return {key: value for key, value in inputs.items() if key not in ("labels", "shift_labels")}
+
+
+def earlier_head_on(model: Any) -> GatedHead | None:
+    """The gated head of an earlier trainer, to be taken off: it is the new one's `loss_type` that decides."""
+    head = gated_head_of(model) if isinstance(model, nn.Module) else None
+    if head is not None:
+        # That trainer's mixed precision is a wrapper around the forward.
+        extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return head
 
 
 def keep_ligers_other_kernels(args: Any, loss_type: str) -> None:

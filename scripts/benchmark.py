@@ -23,7 +23,6 @@ import torch
 import typer
 from bad_values import as_bad_parameters
 from benchmark_shapes import sizes_and_masks
-from rich.console import Console
 from rich.table import Table
 
 from deft_plugin.benchmark.contestants import CONTESTANTS, OURS
@@ -47,14 +46,14 @@ from deft_plugin.benchmark.tables import (
     remarks,
     results_table,
 )
+from deft_plugin.cli.console import table_console
 
 AIMS = (
     "Aims on a GPU: at most 1.02 of our nll; at most 1.00 of the fastest peer's from V = 128,000 on; at least 85 % of\n"
     f"the products' rate; peak extra memory at most tile, gradients and {SLACK_MIB} MiB."
 )
 
-# Wide enough for the table also where the output is no terminal.
-console = Console(width=None if sys.stdout.isatty() else 130)
+console = table_console()
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 

@@ -16,7 +16,6 @@ import math
 import os
 import socket
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from bad_values import as_bad_parameters
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,10 +34,10 @@ from deft_plugin.benchmark.files import write_csv
 from deft_plugin.benchmark.job import Job, make_inputs, resolve_device
 from deft_plugin.benchmark.measure import gradients, peak_extra_mib
 from deft_plugin.benchmark.processes import run_workers
+from deft_plugin.cli.console import table_console
 from deft_plugin.ops.shard import VocabularyShard
 
-# Wide enough for the tables also where the output is no terminal.
-console = Console(width=None if sys.stdout.isatty() else 130)
+console = table_console()
 CONTESTANTS = (FORMULA, "deft_plugin deft")
 RANKS = (1, 2, 4)
 # What grows, and the column of its size.

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -46,3 +46,20 @@ def trl_as_it_was() -> Iterator[None]:
 
     yield
     deft_plugin.unregister()
+
+
+@pytest.fixture
+def deft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process: its exit status, what it says on stdout and on stderr."""
+    from deft_plugin import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            cli.main([*map(str, arguments)])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run

@@ -21,22 +21,6 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "matplotlib", "numpy")
 OWN_HELP = COMMANDS[1:]
 
 
-@pytest.fixture
-def deft(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process: its exit status, what it says on stdout and on stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = 0
-        try:
-            cli.main(arguments)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
-
-
 @pytest.mark.parametrize("command", [[], *([name] for name in OWN_HELP)], ids=str)
 def test_help_loads_nothing_heavy(command: list[str]) -> None:
     script = (

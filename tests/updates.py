@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .ops.formulas import formula_losses
+from .tiny import tiny_model
 
 Rows = list[dict[str, list[int]]]
 Update = dict[str, Tensor]
+
+
+def qwen3() -> PreTrainedModel:
+    """A tiny float64 Qwen3; its gates on random tokens are anything between 0 and 1."""
+    return tiny_model("qwen3", initializer_range=0.08).double()
 
 
 def make_rows(count: int, seed: int = 0, shortest: int = 6, longest: int = 20) -> Rows:
@@ -80,3 +86,8 @@ def assert_same_update(actual: Update, expected: Update, tolerance: float) -> No
     assert scale > 0
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance * scale, msg=name)
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    """The values of `name` in the trainer's log, in order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]

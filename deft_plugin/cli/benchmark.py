@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,6 +82,7 @@ def benchmark(
     from ..benchmark.job import check_choice, resolve_device, resolve_dtype
     from ..benchmark.processes import run_workers
     from ..benchmark.tables import remarks, results_table
+    from .console import table_console
 
     with usage_errors("benchmark"):
         check_choice("--head", head, _HEADS)
@@ -92,8 +92,7 @@ def benchmark(
         dtype = resolve_dtype(dtype, device)
         sizes = (tokens or _TOKENS[device], *_vocab_and_hidden(model, vocab, hidden))
     jobs = _jobs(sizes, head, dtype, device, repetitions, masked)
-    # Wide enough for the table also where the output is no terminal.
-    console = Console(width=None if sys.stdout.isatty() else 130)
+    console = table_console()
     on = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {device}: {on}", highlight=False)
     results = run_workers(only or list(CONTESTANTS), jobs, limit, Console(stderr=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,14 +40,12 @@ def plot(
         deft plot runs/nll runs/deft --metric nll --metric mean_token_accuracy --output compared.png
     """
     need("plot", "report", ("matplotlib",))
-    from rich.console import Console
-
     from ..plot import plot_runs
+    from .console import table_console
 
     with usage_errors("plot"):
         written, table = plot_runs(runs, output, tuple(metric or ()))
     if table is not None:
-        # Wide enough for the table also where the output is no terminal.
-        Console(width=None if sys.stdout.isatty() else 130).print(table)
+        table_console().print(table)
     for path in written:
         print(f"Written to {path}")

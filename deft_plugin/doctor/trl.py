@@ -22,13 +22,10 @@ def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "is a file of `trl sft`, and trl is not installed here")
         return
     with quiet():
-        from trl.scripts import sft
-
-        from ..trl import register
         from ..trl.config import objective_of
+        from ..trl.sft import make_parser
 
-        register()
-        parser = sft.make_parser(prog="deft sft")
+        parser = make_parser()
     problems = [*_unknown_trl_keys(values, parser)]
     loss_type = values.get("loss_type", parser.get_default("loss_type"))
     loss = SimpleNamespace(loss_type=loss_type, loss_kwargs=values.get("loss_kwargs"))

@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..report.runs import Series, series_of
+
 # Panels: title, metrics and their labels, whether the axis is [0, 1]. A panel without data is left out.
 PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
     ("Loss (nats per token)", {"objective_loss": "objective", "nll": "nll"}, False),
@@ -72,8 +74,8 @@ def plot_metrics(
     figure.suptitle(f"{title}\nlines: training, dots: held out", fontsize=11)
     for axis, (panel, labels, is_share) in zip(axes.flat, panels, strict=False):
         for index, (name, label) in enumerate(labels.items()):
-            trained = _series(log_history, name)
-            held_out = _series(log_history, f"eval_{name}")
+            trained = series_of(log_history, name)
+            held_out = series_of(log_history, f"eval_{name}")
             if trained or held_out:
                 axis.plot(*_columns(trained), color=f"C{index}", label=label)
                 axis.plot(*_columns(held_out), "o", color=f"C{index}", markersize=5)
@@ -92,10 +94,5 @@ def plot_metrics(
     figure.savefig(path, dpi=130)
 
 
-def _series(log_history: Sequence[Mapping[str, Any]], name: str) -> dict[int, float]:
-    """Values by step; the last one where a step was logged twice."""
-    return {entry["step"]: entry[name] for entry in log_history if name in entry}
-
-
-def _columns(series: dict[int, float]) -> tuple[list[int], list[float]]:
+def _columns(series: Series) -> tuple[list[float], list[float]]:
     return list(series), list(series.values())

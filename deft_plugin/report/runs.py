@@ -64,29 +64,30 @@ class Run:
     history: list[dict[str, Any]]
     task: dict[str, float] = field(default_factory=dict)
 
-    def series(self, metric: str) -> Series:
-        """Values by optimizer step; the last one where a step was logged twice."""
-        found = (
-            (entry.get("step"), entry[metric])
-            for entry in self.history
-            if isinstance(entry.get(metric), int | float)
-        )
-        return {step: float(value) for step, value in found if isinstance(step, int | float)}
-
     def held_out(self, metric: str) -> Series:
         """Values of the evaluations."""
-        values = self.series(f"eval_{metric}")
+        values = series_of(self.history, f"eval_{metric}")
         # TRL's own nll logs its loss under that name alone.
         if metric == "nll" and not values and self.objective == "nll":
-            return self.series("eval_loss")
+            return series_of(self.history, "eval_loss")
         return values
 
     def training(self, metric: str) -> Series:
         """Values of the logging windows."""
-        values = self.series(metric)
+        values = series_of(self.history, metric)
         if metric == "nll" and not values and self.objective == "nll":
-            return self.series("loss")
+            return series_of(self.history, "loss")
         return values
+
+
+def series_of(history: Sequence[Mapping[str, Any]], metric: str) -> Series:
+    """Values of a log's entries by optimizer step; the last one where a step was logged twice."""
+    found = (
+        (entry.get("step"), entry[metric])
+        for entry in history
+        if isinstance(entry.get(metric), int | float)
+    )
+    return {step: float(value) for step, value in found if isinstance(step, int | float)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -18,11 +17,11 @@ from transformers import (
 
 from ..checks import check_rows, data_sets_of, stored_columns
 from ..conflicts import check_other_losses, check_parallelism, check_trainer
-from ..head import causal_lm_of, check_model, gated_head_of
+from ..head import causal_lm_of, check_model
 from ..metrics import is_best_smallest
 from ..objectives import Objective, build_objective
 from ..ops.availability import resolve_path
-from ..trainer import GatedTrainerMixin, keep_ligers_other_kernels
+from ..trainer import GatedTrainerMixin, earlier_head_on, keep_ligers_other_kernels
 from ..training import parse_parameters, split_parameters
 
 logger = logging.getLogger("deft_plugin")
@@ -75,7 +74,8 @@ class GatedTrainer(GatedTrainerMixin):
         _check_conflicts(type(self), model, args, arguments, objective)
         _prefer_small(args)
         keep_ligers_other_kernels(args, objective.name)
-        _remove_earlier_head(model)
+        if (earlier := earlier_head_on(model)) is not None:
+            earlier.remove()
         super().__init__(model, args, *others, **kwargs)
         self._settings = (objective, core, training)
         self.install(*self._settings)
@@ -144,12 +144,3 @@ def _prefer_small(args: TrainingArguments) -> None:
             "metric_for_best_model=%r: greater_is_better set to False, since less is better.",
             args.metric_for_best_model,
         )
-
-
-def _remove_earlier_head(model: Any) -> None:
-    """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
-    head = gated_head_of(model) if isinstance(model, nn.Module) else None
-    if head is not None:
-        # That trainer's mixed precision is a wrapper around the forward.
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)
-        head.remove()

@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from trl.trainer import sft_trainer
 
 from ..checks import check_data, data_sets_of, tokenizer_of
-from ..head import GatedCausalLMOutput, causal_lm_of, gated_head_of
+from ..head import GatedCausalLMOutput, causal_lm_of
 from ..head.substitution import attribute_of
 from ..ops.availability import resolve_path
 from ..trainer import (
     GatedTrainerMixin,
+    earlier_head_on,
     keep_ligers_other_kernels,
     without_labels,
 )
@@ -147,7 +147,10 @@ def initialise(
     arguments = arguments_of(trainer_class, args, kwargs)
     training_args: Any = arguments.get("args")
     objective = objective_of(training_args)
-    _remove_earlier_heads(arguments.get("model"))
+    if (earlier := earlier_head_on(arguments.get("model"))) is not None:
+        # TRL's heads, of trainers after that one, are wrappers too.
+        _remove_trls_heads(earlier.model)
+        earlier.remove()
     if objective is None:
         # A subclass's code and compute_metrics may have metrics of any name.
         if type(trainer) is trainer_class and arguments.get("compute_metrics") is None:
@@ -206,16 +209,6 @@ def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:
                 max_length=None if packs else args.max_length,
                 end=end if cuts_ends else None,
             )
-
-
-def _remove_earlier_heads(model: Any) -> None:
-    """Take the gated head of an earlier trainer off the model: it is `loss_type` that decides."""
-    head = gated_head_of(model) if isinstance(model, nn.Module) else None
-    if head is not None:
-        # That trainer's mixed precision is a wrapper around the forward, and TRL's heads, of trainers after it, too.
-        extract_model_from_parallel(model, keep_fp32_wrapper=False)
-        _remove_trls_heads(head.model)
-        head.remove()
 
 
 def _remove_trls_heads(model: Any) -> None:

@@ -18,6 +18,7 @@ from axolotl.train import execute_training
 from axolotl.utils import distributed as axolotl_distributed
 from transformers import Trainer
 
+from tests.distributed.deepspeed_files import leave_out_compiled_collectives
 from tests.updates import Rows
 
 from . import gathered_attention
@@ -42,7 +43,7 @@ def train(
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     os.environ["DS_ACCELERATOR"] = "cpu"
     if "deepspeed" in values:
-        _without_compiled_collectives()
+        leave_out_compiled_collectives()
     # FSDP is for GPUs, as far as accelerate knows.
     kind = "MULTI_GPU" if {"fsdp_config", "tensor_parallel_size"} & values.keys() else "MULTI_CPU"
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType[kind])
@@ -62,10 +63,3 @@ def train(
         "entries": trainer.state.log_history,
         "printed": printed.getvalue(),
     }
-
-
-def _without_compiled_collectives() -> None:
-    """Leave out what DeepSpeed would first compile for a minute: collectives in shared memory. Gloo's will do."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from deft_plugin import cli
 from deft_plugin.benchmark import files, shape
 from deft_plugin.benchmark.contestants import FORMULA, OUR_NLL, OURS
 from tests.tiny import tiny_model
@@ -18,19 +18,9 @@ NAMES = (FORMULA, OURS, OUR_NLL, "torch cross_entropy", "QuACK chunked")
 
 
 @pytest.fixture
-def benchmark(capsys: pytest.CaptureFixture[str]) -> Benchmark:
+def benchmark(deft: Benchmark) -> Benchmark:
     """`deft benchmark` in this process, on the CPU: its exit status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = 0
-        try:
-            cli.main(["benchmark", "--device", "cpu", *map(str, arguments)])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return functools.partial(deft, "benchmark", "--device", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The files in deepspeed_configs/, with "auto" replaced as transformers.Trainer does it."""
+"""The files in deepspeed_configs/, with "auto" replaced as transformers.Trainer does it; what DeepSpeed need not compile."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def filled(name: str, model: PreTrainedModel, **options: Any) -> Any:
     config.trainer_config_process(arguments)
     config.trainer_config_finalize(arguments, model, num_training_steps=10)
     return config
+
+
+def leave_out_compiled_collectives() -> None:
+    """Have DeepSpeed do without what it would first compile for a minute: collectives in shared memory. Gloo's will do."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -39,7 +39,6 @@ class Form:
 
 RunBy = Test | Target | CannotRun | Form
 
-A_HUB = CannotRun("needs a model or data of a hub")
 A_GPU = CannotRun("needs a GPU")
 GPUS = CannotRun("needs several GPUs, a hub, and hours")
 A_RELEASE = CannotRun("needs an index that has a release")

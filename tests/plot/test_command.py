@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,26 +14,15 @@ pytest.importorskip("matplotlib", reason="needs the extra `report`")
 
 from matplotlib.figure import Figure
 
-from deft_plugin import cli
 from tests.runs import write_run
 
 Plot = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def plot(capsys: pytest.CaptureFixture[str]) -> Plot:
+def plot(deft: Plot) -> Plot:
     """`deft plot` in this process: its exit status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        status = 0
-        try:
-            cli.main(["plot", *map(str, arguments)])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    return functools.partial(deft, "plot")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from deft_plugin import cli, report
+from deft_plugin import report
 from tests.tiny import tiny_model, tiny_tokenizer
 
 # They need the extra `report`.
@@ -51,16 +51,12 @@ def pairs(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def run(deft: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str]]:
     """`deft report` in this process: its exit status and what it says on stderr."""
 
     def run_report(*arguments: object) -> tuple[int, str]:
-        status = 0
-        try:
-            cli.main(["report", *map(str, arguments)])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, capsys.readouterr().err
+        status, _, errors = deft("report", *arguments)
+        return status, errors
 
     return run_report
 

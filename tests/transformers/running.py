@@ -8,8 +8,8 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, TrainingArguments
 
 from deft_plugin import GatedTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
-from tests.updates import Rows
+from tests.tiny import tiny_tokenizer
+from tests.updates import Rows, qwen3
 
 LEARNING_RATE = 0.1
 
@@ -35,11 +35,6 @@ def arguments(output_dir: Path, **overrides: Any) -> TrainingArguments:
     return TrainingArguments(**values)
 
 
-def qwen3() -> PreTrainedModel:
-    """A tiny float64 Qwen3; its gates on random tokens are anything between 0 and 1."""
-    return tiny_model("qwen3", initializer_range=0.08).double()
-
-
 def make_trainer(
     args: TrainingArguments,
     rows: Rows | Any = None,
@@ -52,8 +47,3 @@ def make_trainer(
     if "model_init" not in others:
         others["model"] = qwen3() if model is None else model
     return trainer_class(args=args, train_dataset=rows, **others)
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    """The values of `name` in the trainer's log, in order."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]

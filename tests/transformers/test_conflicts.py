@@ -19,8 +19,8 @@ from transformers import (
 
 from deft_plugin import GatedTrainer
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.transformers.running import arguments, logged, make_trainer, qwen3
-from tests.updates import formula_mean, make_rows, update_of
+from tests.transformers.running import arguments, make_trainer
+from tests.updates import formula_mean, logged, make_rows, qwen3, update_of
 
 
 class Untouchable:

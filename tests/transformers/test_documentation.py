@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.transformers.running import logged
+from tests.updates import logged
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 

@@ -14,8 +14,8 @@ from transformers import EarlyStoppingCallback, EvalPrediction
 
 from deft_plugin.metrics import METRICS
 from tests.formula_metrics import formula_metrics
-from tests.transformers.running import arguments, logged, make_trainer, qwen3
-from tests.updates import Rows, formula_mean, label_logits, make_rows
+from tests.transformers.running import arguments, make_trainer
+from tests.updates import Rows, formula_mean, label_logits, logged, make_rows, qwen3
 
 SHORT, LONG = {"shortest": 3, "longest": 4}, {"shortest": 25, "longest": 30}
 ROWS = make_rows(4, seed=1, **SHORT) + make_rows(3, seed=2, **LONG)

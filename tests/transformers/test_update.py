@@ -14,20 +14,16 @@ import deft_plugin
 from deft_plugin import GatedTrainer, gated_head_of, objective_names
 from deft_plugin.trl import SFTTrainer
 from tests.tiny import tiny_model
-from tests.transformers.running import (
-    LEARNING_RATE,
-    arguments,
-    logged,
-    make_trainer,
-    qwen3,
-)
+from tests.transformers.running import LEARNING_RATE, arguments, make_trainer
 from tests.trl import running as trl
 from tests.updates import (
     Update,
     assert_same_update,
     formula_mean,
     gradient_update,
+    logged,
     make_rows,
+    qwen3,
     update_of,
 )
 

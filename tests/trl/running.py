@@ -9,8 +9,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel
 
 from deft_plugin.trl import SFTConfig, SFTTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
-from tests.updates import Rows
+from tests.tiny import tiny_tokenizer
+from tests.updates import Rows, qwen3
 
 LEARNING_RATE = 0.1
 
@@ -39,11 +39,6 @@ def config(output_dir: Path, config_class: Any = SFTConfig, **overrides: Any) ->
     return config_class(**values)
 
 
-def qwen3() -> PreTrainedModel:
-    """A tiny float64 Qwen3; its gates on random tokens are anything between 0 and 1."""
-    return tiny_model("qwen3", initializer_range=0.08).double()
-
-
 def make_trainer(
     args: Any,
     rows: Rows | Dataset | IterableDataset,
@@ -64,8 +59,3 @@ def make_trainer(
 def as_dataset(rows: Any) -> Any:
     """Rows as the trainer takes them; a data set as it is."""
     return Dataset.from_list(rows) if isinstance(rows, list) else rows
-
-
-def logged(trainer: Any, name: str) -> list[float]:
-    """The values of `name` in the trainer's log, in order."""
-    return [entry[name] for entry in trainer.state.log_history if name in entry]

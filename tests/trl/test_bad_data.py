@@ -13,8 +13,8 @@ from peft import PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
-from tests.updates import make_rows
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.updates import logged, make_rows, qwen3
 
 PAIRS = [("1 + 1 =", " 2"), ("12 * 3 =", " 36, of course"), ("So?", " No"), ("Why?", " 42 is why")]
 

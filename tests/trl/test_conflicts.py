@@ -16,8 +16,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from deft_plugin.trl import SFTTrainer
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trl.running import config, make_trainer, qwen3
-from tests.updates import make_rows, update_of
+from tests.trl.running import config, make_trainer
+from tests.updates import make_rows, qwen3, update_of
 
 
 class Untouchable:

@@ -9,13 +9,15 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from tests.tiny import tiny_tokenizer
-from tests.trl.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, as_dataset, config, make_trainer
 from tests.updates import (
     Rows,
     assert_same_update,
     formula_mean,
     gradient_update,
+    logged,
     make_rows,
+    qwen3,
     update_of,
 )
 

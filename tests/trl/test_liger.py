@@ -9,8 +9,8 @@ import pytest
 from transformers.models.qwen3 import modeling_qwen3
 
 from tests.tiny import tiny_model
-from tests.trl.running import as_dataset, config, logged, make_trainer
-from tests.updates import assert_same_update, make_rows, update_of
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.updates import assert_same_update, logged, make_rows, update_of
 
 pytest.importorskip("liger_kernel")
 

@@ -13,8 +13,8 @@ from transformers import EvalPrediction, TrainerCallback
 from deft_plugin.metrics import METRICS
 from deft_plugin.trl import SFTTrainer
 from tests.formula_metrics import formula_metrics
-from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
-from tests.updates import label_logits, make_rows
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.updates import label_logits, logged, make_rows, qwen3
 
 SHORT, LONG = {"shortest": 3, "longest": 4}, {"shortest": 25, "longest": 30}
 

@@ -23,12 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from deft_plugin import gated_head_of
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trl.running import LEARNING_RATE, as_dataset, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, as_dataset, config, make_trainer
 from tests.updates import (
     assert_same_update,
     formula_mean,
     gradient_update,
+    logged,
     make_rows,
+    qwen3,
     trainable,
     update_of,
 )

@@ -16,9 +16,9 @@ import deft_plugin
 from deft_plugin.trl import SFTTrainer
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
-from tests.trl.running import as_dataset, config, logged, make_trainer
+from tests.trl.running import as_dataset, config, make_trainer
 from tests.trl.test_models import LORA, assert_step_is_that_of_the_formula
-from tests.updates import make_rows
+from tests.updates import logged, make_rows
 
 
 def train_with_nll(model: PreTrainedModel, output: Path) -> None:

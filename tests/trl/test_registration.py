@@ -15,8 +15,8 @@ import trl
 import deft_plugin
 from deft_plugin.trl import SFTConfig, SFTTrainer
 from tests.tiny import tiny_model
-from tests.trl.running import as_dataset, config, logged, make_trainer, qwen3
-from tests.updates import make_rows, update_of
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.updates import logged, make_rows, qwen3, update_of
 
 NAMES = sorted(set(deft_plugin.objective_names()) - {"nll", "dft"})
 TRL_OWN = ["nll", "dft", "chunked_nll"]

@@ -12,9 +12,17 @@ import torch
 
 from deft_plugin.step_mean import DEFAULT_DECAY
 from tests.tiny import tiny_model
-from tests.trl.running import LEARNING_RATE, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, config, make_trainer
 from tests.trl.test_update import assert_step_is_that_of_the_formula, count_calls
-from tests.updates import assert_same_update, formula_mean, label_logits, make_rows, update_of
+from tests.updates import (
+    assert_same_update,
+    formula_mean,
+    label_logits,
+    logged,
+    make_rows,
+    qwen3,
+    update_of,
+)
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 

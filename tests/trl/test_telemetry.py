@@ -16,8 +16,8 @@ from deft_plugin.telemetry import FILE_NAME, TRAINING, read_histograms
 from tests.distributed.ranks import run_ranks
 from tests.formula_metrics import formula_counts
 from tests.reporters import REPORTERS, assert_sent, use_folder
-from tests.trl.running import as_dataset, config, make_trainer, qwen3
-from tests.updates import Rows, label_logits, make_rows
+from tests.trl.running import as_dataset, config, make_trainer
+from tests.updates import Rows, label_logits, make_rows, qwen3
 
 Counts = dict[tuple[int, str], dict[str, tuple[int, ...]]]
 

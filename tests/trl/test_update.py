@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from deft_plugin import TokenStatistics, objective, objective_names
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model
-from tests.trl.running import LEARNING_RATE, config, logged, make_trainer, qwen3
+from tests.trl.running import LEARNING_RATE, config, make_trainer
 from tests.updates import (
     assert_same_update,
     formula_mean,
     gradient_update,
     label_logits,
+    logged,
     make_rows,
+    qwen3,
     update_of,
 )
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPredict
 from deft_plugin import gated_head_of
 from tests.formula_metrics import formula_metrics
 from tests.ops.formulas import formula_losses
-from tests.trl.running import LEARNING_RATE, config, logged, make_trainer
+from tests.trl.running import LEARNING_RATE, config, make_trainer
 from tests.trl.test_log import metrics_of
-from tests.updates import assert_same_update, gradient_update, trainable, update_of
+from tests.updates import assert_same_update, gradient_update, logged, trainable, update_of
 
 # Those whose processors do without torchvision.
 NAMES = ["LlavaForConditionalGeneration", "Gemma3ForConditionalGeneration"]
