@@ -19,6 +19,8 @@ from . import evaluation_rows
 from .checks import check_batch, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
+from .objectives import Objective, build_objective
+from .objectives.registry import UnknownParameterError
 from .ops import CoreSettings, GatedLoss, split_settings
 from .parallelism import check_loader, splits_sequences
 from .step_mean import StepMean
@@ -68,6 +70,36 @@ def split_parameters(
     core, rest = split_settings(parameters)
     names = {field.name for field in dataclasses.fields(TrainingSettings)} & rest.keys()
     return core, TrainingSettings(**{name: rest.pop(name) for name in names}), rest
+
+
+def build_for_trainer(
+    spec: str | Objective,
+    parameters: Mapping[str, Any],
+    heading: str = "loss_kwargs",
+    others: Sequence[str] = (),
+) -> Objective:
+    """The objective of a training; an unknown parameter's error also names the settings that may stand beside it.
+
+    Args:
+        spec: the objective, or its name.
+        parameters: its own alone.
+        heading: under which trainers take them and settings.
+        others: what else may stand there.
+
+    Raises:
+        ValueError: as `build_objective`.
+    """
+    try:
+        return build_objective(spec, parameters)
+    except UnknownParameterError as error:
+        settings = (
+            field.name
+            for cls in (CoreSettings, TrainingSettings)
+            for field in dataclasses.fields(cls)
+        )
+        raise ValueError(
+            f"{error} For every objective {heading} also takes: {', '.join((*settings, *others))}."
+        ) from None
 
 
 class GatedTraining(TrainerCallback):

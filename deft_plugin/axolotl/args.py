@@ -11,11 +11,11 @@ from axolotl.integrations.base import PluginManager
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from ..objectives import build_objective, objective_names
+from ..objectives import objective_names
 from ..objectives.registry import describe_parameters, objective_class
 from ..ops import PATHS, CoreSettings
 from ..parallelism import check_couples_no_parts
-from ..training import TrainingSettings, split_parameters
+from ..training import TrainingSettings, build_for_trainer, split_parameters
 from .adjustments import DEFAULT_OBJECTIVE
 from .conflicts import find_conflicts
 
@@ -145,7 +145,12 @@ class DEFTArgs(BaseModel):
     @model_validator(mode="after")
     def _valid_parameters(self) -> Self:
         try:
-            objective = build_objective(self.deft_objective, self.deft.split()[2])
+            objective = build_for_trainer(
+                self.deft_objective,
+                self.deft.split()[2],
+                heading="the block deft",
+                others=("module",),
+            )
         except ValueError as error:
             raise ValueError(f"deft: {error}") from None
         for key in ("context_parallel_size", "sequence_parallel_degree"):

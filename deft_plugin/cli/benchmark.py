@@ -54,6 +54,12 @@ def benchmark(
     only: Annotated[
         list[str] | None, typer.Option(help="A contestant by name; may be repeated.")
     ] = None,
+    everyone: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="All contestants on a CPU too, where by default only four are measured."
+        ),
+    ] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Timed repetitions.")] = 5,
     limit: Annotated[
         float, typer.Option(min=1, help="Seconds after which a contestant is stopped.")
@@ -65,8 +71,8 @@ def benchmark(
 ) -> None:
     """Measure time and memory of the loss on this machine, for the lm_head of a model or of the sizes given.
 
-    Beside it: its formula on full logits, torch's cross-entropy, and each public fused loss that is installed. The rest are
-    named with what they need.
+    Beside it: its formula on full logits, torch's cross-entropy, and each public fused loss that is installed; on a CPU
+    without --all, TRL's alone. The rest are named with what they need.
 
     \b
         deft benchmark Qwen/Qwen3-0.6B --tokens 4096
@@ -85,6 +91,8 @@ def benchmark(
     from .console import table_console
 
     with usage_errors("benchmark"):
+        if only and everyone:
+            raise ValueError("--only and --all are given. Leave one of them out.")
         check_choice("--head", head, _HEADS)
         for name in only or ():
             check_choice("--only", name, tuple(CONTESTANTS))
@@ -95,7 +103,14 @@ def benchmark(
     console = table_console()
     on = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {device}: {on}", highlight=False)
-    results = run_workers(only or list(CONTESTANTS), jobs, limit, Console(stderr=True))
+    left_out = _left_out(jobs) if device == "cpu" and not (only or everyone) else []
+    if left_out:
+        named = "; ".join(left_out)
+        console.print(
+            f"left out on a CPU, --all measures them too: {named}", highlight=False, soft_wrap=True
+        )
+    names = only or [name for name in CONTESTANTS if name not in left_out]
+    results = run_workers(names, jobs, limit, Console(stderr=True))
     for job, found in results.items():
         console.print(results_table(job, found))
         for line in remarks(found):
@@ -105,6 +120,19 @@ def benchmark(
         console.print(f"Also in {output}: benchmark.csv, benchmark.png", highlight=False)
     if not any("seconds" in result for found in results.values() for result in found.values()):
         fail("benchmark", "nothing could be measured.", status=1)
+
+
+def _left_out(jobs: list[Job]) -> list[str]:
+    """Who could run on this CPU and does not by default."""
+    from ..benchmark.contestant import Machine
+    from ..benchmark.contestants import CONTESTANTS, FEWER
+
+    machine = Machine.here("cpu")
+    return [
+        name
+        for name, contestant in CONTESTANTS.items()
+        if name not in FEWER and any(not contestant.needs.unmet(machine, job) for job in jobs)
+    ]
 
 
 def _vocab_and_hidden(model: str | None, vocab: int | None, hidden: int | None) -> tuple[int, int]:

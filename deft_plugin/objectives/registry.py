@@ -23,6 +23,10 @@ ObjectiveClass = TypeVar("ObjectiveClass", bound=type[Objective])
 LossFunction = Callable[..., Tensor]
 
 
+class UnknownParameterError(ValueError):
+    """A parameter that the objective does not have."""
+
+
 def register(name: str) -> Callable[[ObjectiveClass], ObjectiveClass]:
     """Class decorator: make a subclass of `Objective` available under `name`."""
 
@@ -119,7 +123,7 @@ def build_objective(
                 if fields
                 else " It takes no parameters of its own."
             )
-            raise ValueError(
+            raise UnknownParameterError(
                 f"Objective {spec!r} has no parameter {parameter!r}.{_guess(str(parameter), names)}{own}"
             )
     return cls(**parameters)

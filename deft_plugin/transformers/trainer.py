@@ -19,10 +19,10 @@ from ..checks import check_rows, data_sets_of, stored_columns
 from ..conflicts import check_other_losses, check_parallelism, check_trainer
 from ..head import causal_lm_of, check_model
 from ..metrics import is_best_smallest
-from ..objectives import Objective, build_objective
+from ..objectives import Objective
 from ..ops.availability import resolve_path
 from ..trainer import GatedTrainerMixin, earlier_head_on, keep_ligers_other_kernels
-from ..training import parse_parameters, split_parameters
+from ..training import build_for_trainer, parse_parameters, split_parameters
 
 logger = logging.getLogger("deft_plugin")
 
@@ -66,7 +66,7 @@ class GatedTrainer(GatedTrainerMixin):
         **kwargs: Any,
     ) -> None:
         core, training, parameters = split_parameters(parse_parameters(loss_kwargs))
-        objective = build_objective(loss_type, parameters)
+        objective = build_for_trainer(loss_type, parameters)
         if args is None:
             args = TrainingArguments(output_dir="tmp_trainer")
         resolve_path(core.path, args.device)

@@ -14,7 +14,12 @@ from trl.trainer import sft_trainer
 from ..metrics import METRICS, is_best_smallest
 from ..objectives import Objective, build_objective, objective_names
 from ..ops import CoreSettings
-from ..training import TrainingSettings, parse_parameters, split_parameters
+from ..training import (
+    TrainingSettings,
+    build_for_trainer,
+    parse_parameters,
+    split_parameters,
+)
 
 # TRL >= 1.15 scores with a fused head under "nll" and reads log-probabilities off the output. Before, it
 # did so under "chunked_nll" and read the loss and sums.
@@ -54,7 +59,7 @@ def objective_of(args: Any) -> Objective | None:
                 build_objective(name)
             except ValueError as error:
                 raise ValueError(f"loss_type={name!r}: {error} TRL's own: {own}.") from None
-        return build_objective(name, split_parameters(parameters)[2])
+        return build_for_trainer(name, split_parameters(parameters)[2])
     if parameters:
         raise ValueError(
             f"loss_kwargs={parameters!r} would be ignored: loss_type={name!r} is TRL's own loss and takes "

@@ -79,6 +79,13 @@ def test_an_empty_block_is_no_block() -> None:
             {"deft_objective": "cayley_trans", "deft": {"scope": "batch"}},
             ["'scope'", "'batch'", "micro_batch"],
         ),
+        (
+            {"deft": {"alpha": 1.0}},
+            [
+                "deft: Objective 'deft' has no parameter 'alpha'. It takes no parameters of its own. For every "
+                "objective the block deft also takes: path, tile_rows, skip_below, histograms, module."
+            ],
+        ),
         ({"deft": {"path": "cuda"}}, ["deft", "path='cuda'", "chunked"]),
         ({"deft": {"tile_rows": 0}}, ["deft.tile_rows", "0", "greater than 0"]),
         ({"deft": {"tile_rows": "64"}}, ["deft.tile_rows", "'64'", "integer"]),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
-from deft_plugin.benchmark import files, shape
-from deft_plugin.benchmark.contestants import FORMULA, OUR_NLL, OURS
+from deft_plugin.benchmark import files, processes, shape
+from deft_plugin.benchmark.contestant import Machine
+from deft_plugin.benchmark.contestants import CONTESTANTS, FEWER, FORMULA, OUR_NLL, OURS
+from deft_plugin.benchmark.job import Job
 from tests.tiny import tiny_model
 
 Benchmark = Callable[..., tuple[int, str, str]]
@@ -75,6 +78,37 @@ def test_sizes_and_one_head_are_measured_without_a_model(benchmark: Benchmark) -
     assert "trainable" not in out
 
 
+@pytest.mark.parametrize("options", [[], ["--all"]], ids=["fewer", "all"])
+def test_on_a_cpu_few_are_measured_unless_all_are_asked_for(
+    options: list[str], benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_worker(name: str, jobs: Sequence[Job], limit: float) -> list[dict[str, str]]:
+        asked.append(name)
+        return [{"absent": "it was only asked for"} for _ in jobs]
+
+    monkeypatch.setattr(processes, "run_worker", run_worker)
+    sizes = ("--vocab", 131, "--hidden", 16, "--head", "frozen")
+    _, out, _ = benchmark(*sizes, *options)
+    job = Job(512, 131, 16, True, "float32", "trained", "cpu", 5)
+    can_run = [
+        name
+        for name, contestant in CONTESTANTS.items()
+        if contestant.needs.unmet(Machine.here("cpu"), job) is None
+    ]
+    left_out = re.findall("^left out on a CPU, --all measures them too: (.*)$", out, re.M)
+    if options:
+        assert (asked, left_out) == (can_run, [])
+    else:
+        assert asked == [name for name in can_run if name in FEWER]
+        assert left_out == ["; ".join(name for name in can_run if name not in FEWER)]
+    assert {FORMULA, OURS, "torch cross_entropy"} <= set(asked)
+    assert "torch linear_cross_entropy" in can_run
+    # What cannot run here is named with its reason as ever.
+    assert re.search(r"not measured, since it needs a GPU: .*QuACK chunked", " ".join(out.split()))
+
+
 def test_where_nothing_can_be_measured_the_status_is_one(benchmark: Benchmark) -> None:
     status, out, errors = benchmark("--vocab", 128, "--hidden", 16, "--only", "QuACK chunked")
     assert status == 1
@@ -88,6 +122,7 @@ def test_where_nothing_can_be_measured_the_status_is_one(benchmark: Benchmark) -
         ([], "Name a MODEL, or its sizes with --vocab and --hidden."),
         (["--vocab", "128"], "Name a MODEL, or its sizes"),
         (["none"], "MODEL 'none' is neither a model's folder nor a model on the hub"),
+        (["none", "--only", OURS, "--all"], "--only and --all are given. Leave one of them out."),
         (["none", "--only", "deft"], "--only 'deft' is unknown. Choices: 'formula on full logits'"),
         (["none", "--head", "tied"], "--head 'tied' is unknown. Choices: 'both', 'trainable', 'frozen'"),
         (["none", "--dtype", "int8"], "--dtype 'int8' is unknown. Choices: 'float32'"),

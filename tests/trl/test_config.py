@@ -103,7 +103,15 @@ def test_help_names_every_objective(config_class: Any) -> None:
         ({"loss_type": "deft", "loss_kwargs": {"tile_row": 5}}, r"Did you mean 'tile_rows'\?"),
         ({"loss_type": "alpha", "loss_kwargs": {"b": 1}}, "'b'"),
         ({"loss_type": "alpha", "loss_kwargs": {"a": -1}}, "'a'.*-1"),
-        ({"loss_type": "deft", "loss_kwargs": {"a": 0.5}}, "'deft'.*'a'"),
+        (
+            {"loss_type": "deft", "loss_kwargs": {"alpha": 0.5}},
+            r"'deft' has no parameter 'alpha'\. It takes no parameters of its own\. For every objective loss_kwargs "
+            r"also takes: path, tile_rows, skip_below, histograms\.",
+        ),
+        (
+            {"loss_type": "eaft", "loss_kwargs": {"alpha": 2}},
+            r"'eaft' has no parameter 'alpha'\. Valid choices: entropy, k, normalizer, exponent\. For every objective loss_kwargs also takes: path",
+        ),
         ({"loss_type": "nll", "loss_kwargs": {"a": 0.5}}, r"'a': 0.5.*would be ignored.*'nll'"),
         ({"loss_type": "deft", "loss_kwargs": {"path": "cuda"}}, "path='cuda'.*'chunked'"),
         ({"loss_type": "deft", "loss_kwargs": {"skip_below": 2}}, r"skip_below is 2.*\[0, 1\)"),
