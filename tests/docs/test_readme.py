@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ README = ROOT / "README.md"
 MODEL = "Qwen/Qwen3-0.6B"
 # What the README says to add without a GPU, and as few steps as will do.
 ON_A_CPU = "use_cpu=True, bf16=False"
+FLAGS_ON_A_CPU = "--use_cpu true --bf16 false"
 SHORT = "max_steps=2, logging_steps=1, per_device_train_batch_size=2, report_to='none'"
 
 
@@ -83,7 +85,8 @@ def test_deft_against_nll(folder: Path) -> None:
     trainings = [text for text in of_readme if text.startswith("deft sft --model_name_or_path")]
     looks = {command.text for command in commands() if command.text.startswith("deft plot runs/")}
     assert looks & set(of_readme)
-    here = "--use_cpu True --bf16 False --max_steps 2 --logging_steps 1 --eval_steps 1 --report_to none"
+    here = f"{FLAGS_ON_A_CPU} --max_steps 2 --logging_steps 1 --eval_steps 1 --report_to none"
+    assert f"`{FLAGS_ON_A_CPU}`" in README.read_text()
     assert len(trainings) == 2
     for training in trainings:
         run(f"{training} {here} --save_steps 2")
@@ -99,6 +102,50 @@ def test_deft_against_nll(folder: Path) -> None:
         gates = {entry["eval_mean_gate"] for entry in evaluations}
         assert (gates == {1.0}) == (run_folder == "runs/nll")
     assert list(Path().glob("*.png"))
+
+
+@pytest.mark.slow
+def test_the_quickstarts_file_without_a_gpu(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_data(folder, rows()[0])
+    run_yaml, on_a_cpu = (
+        block.text for block in blocks(ROOT / "docs/quickstart.md") if block.language == "yaml"
+    )
+    Path("run.yaml").write_text(run_yaml + on_a_cpu)
+    run("deft doctor run.yaml")
+    printed = capsys.readouterr().out
+    assert "trains with CayleyTrans(floor_coefficient=0.3, scope='ema'" in printed
+    run(
+        "deft sft --config run.yaml --max_steps 2 --logging_steps 1 --save_steps 2 --report_to none"
+    )
+    log = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert 0 < log[0]["mean_gate"] < 1
+
+
+def test_its_figures_of_a_gpu_are_those_of_the_page_it_names() -> None:
+    """Every row of the README's table has the page's times and memory, in the page's columns."""
+    (table,) = re.findall(r"^\| H100 \|.*\n\|-.*\n((?:\|.*\n)+)", README.read_text(), re.M)
+    shown = {
+        re.sub(r" 1\.16's|'s|\*\*", "", name): [
+            re.findall(r"[\d,.]*\d (?:ms|MiB)", cell) for cell in cells
+        ]
+        for name, *cells in map(cells_of, table.splitlines())
+    }
+    assert len(shown) >= 6
+    (table,) = re.findall(
+        r"^\| N = 8,192, V = 128,256,.*\n\|-.*\n((?:\|.*\n)+)",
+        (ROOT / "docs/gpu.md").read_text(),
+        re.M,
+    )
+    measured = {name.replace("'s", ""): cells for name, *cells in map(cells_of, table.splitlines())}
+    for name, (trainable, frozen) in shown.items():
+        row = measured[name]
+        assert [*trainable, *frozen] == [cell for cell in row[:4] if cell], name
+
+
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 @pytest.mark.slow
