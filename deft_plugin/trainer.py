@@ -30,6 +30,7 @@ from .head.cpu_weights import keep_cpu_weights_unpacked
 from .objectives import Objective
 from .ops import CoreSettings
 from .parallelism import check_lengths, count_tokens_of_step, scoring_parts
+from .run_log import keep_log, unusual_parameters
 from .training import GatedTraining, TrainingSettings, own_rows
 
 logger = logging.getLogger("deft_plugin")
@@ -81,6 +82,7 @@ class GatedTrainerMixin(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._gating = GatedTraining(self, head, training)
+        keep_log(self, objective.name, unusual_parameters(objective))
 
     def check_data_sets(self) -> None:
         """Raise `ValueError` for data sets that cannot be trained on (see `checks.check_data`)."""

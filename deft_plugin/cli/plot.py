@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,8 +45,10 @@ def plot(
     from .console import table_console
 
     with usage_errors("plot"):
-        written, table = plot_runs(runs, output, tuple(metric or ()))
+        written, table, notes = plot_runs(runs, output, tuple(metric or ()))
     if table is not None:
         table_console().print(table)
     for path in written:
         print(f"Written to {path}")
+    for note in notes:
+        print(f"deft plot: {note}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from types import FrameType
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -12,6 +14,7 @@ from .errors import fail, need
 _PACKAGES = ("trl", "peft", "accelerate", "datasets")
 # Of transformers' Trainer: what comes after is no fault in the arguments.
 _TRAINING = "_inner_training_loop"
+_NEEDED = "A model (a folder, or a name on the hub) and data (a folder with train.jsonl, or a name on the hub) are needed."
 
 
 class PassedOn(TyperCommand):
@@ -30,6 +33,10 @@ def sft(context: typer.Context) -> None:
         deft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --loss_type deft
     """
     need("sft", "trl", _PACKAGES)
+    if not context.args:
+        fail("sft", f"{_NEEDED} See deft sft --help.")
+    if context.args[-1:] == ["--config"]:
+        fail("sft", "--config needs a YAML file.")
     from yaml import YAMLError
 
     from ..trl.sft import make_parser, run
@@ -37,23 +44,68 @@ def sft(context: typer.Context) -> None:
     parser = make_parser()
     # argparse would print a page of flags before it.
     parser.error = lambda message: fail("sft", f"{message.rstrip('.')}. See deft sft --help.")
-    if context.args[-1:] == ["--config"]:
-        fail("sft", "--config needs a YAML file.")
     try:
         parsed = parser.parse_args_and_config(args=context.args)
     except (ValueError, OSError, YAMLError) as error:
-        fail("sft", str(error))
+        fail("sft", f"{error}{_remedy(error)}")
+    _check_names(*parsed)
     try:
         run(parsed)
-    except (ValueError, OSError) as error:
-        if not _is_the_users(error):
+    except Exception as error:
+        message = _as_the_users(error, parsed[0])
+        if message is None:
             raise
-        fail("sft", str(error))
+        fail("sft", message)
 
 
-def _is_the_users(error: Exception) -> bool:
-    """Whether an error is a refusal of this package's, or of a file that is not there; both are written to be read."""
+def _remedy(error: Exception) -> str:
+    """What transformers does not say: how to do without the GPU that TRL's default precision needs."""
+    import torch
+
+    wants_gpu = "bf16" in str(error) and not torch.cuda.is_available()
+    return " Without a GPU add --use_cpu True --bf16 False." if wants_gpu else ""
+
+
+def _check_names(script: Any, training: Any, model: Any, mixture: Any) -> None:
+    """Fail where there is no model or no data set."""
+    if not model.model_name_or_path:
+        fail("sft", f"--model_name_or_path is missing. {_NEEDED}")
+    if not script.dataset_name and not mixture.datasets:
+        fail("sft", f"--dataset_name is missing. {_NEEDED}")
+
+
+def _as_the_users(error: Exception, script: Any) -> str | None:
+    """What to say of a mistake in the arguments or the data; None for what is no such thing.
+
+    Refusals of this package's and of files that are not there are written to be read; of data that cannot be loaded
+    the data's reader says why.
+    """
+    from datasets.exceptions import DatasetsError
+
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if isinstance(error, OSError):
-        return not any(frame.f_code.co_name == _TRAINING for frame in frames)
-    return str(frames[-1].f_globals.get("__name__")).startswith("deft_plugin.")
+    if any(frame.f_code.co_name == _TRAINING for frame in frames):
+        return None
+    data = f"--dataset_name {script.dataset_name!r}"
+    if isinstance(error, StopIteration) and _module(frames[-1]).startswith("datasets."):
+        return f"{data} cannot be read: a file has no rows."
+    if isinstance(error, DatasetsError) and not isinstance(error, OSError):
+        return f"{data} cannot be read: {_innermost(error)}"
+    if isinstance(error, KeyError) and _module(frames[-1]).startswith("datasets.dataset_dict"):
+        return (
+            f"{data} has no split {error.args[0]!r}. Add it ({error.args[0]}.jsonl in a folder), or name another with "
+            "--dataset_train_split and --dataset_test_split. Only with --eval_strategy is one to test on needed."
+        )
+    if isinstance(error, OSError) or _module(frames[-1]).startswith("deft_plugin."):
+        return str(error) if isinstance(error, ValueError | OSError) else None
+    return None
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _innermost(error: BaseException) -> str:
+    """The cause that is farthest down, which knows the file's line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"

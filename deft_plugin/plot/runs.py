@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..report.runs import Run, load_runs
+from ..report.runs import Run, ends_before_its_run, load_runs
 from ..telemetry import FILE_NAME, read_histograms
 from .comparison import comparison_table, plot_comparison
 from .histograms import plot_histograms
@@ -19,7 +19,7 @@ SEVERAL = "deft-plot.png"
 
 def plot_runs(
     paths: Sequence[str], output: Path | None = None, metrics: Sequence[str] = ()
-) -> tuple[list[Path], Table | None]:
+) -> tuple[list[Path], Table | None, list[str]]:
     """Draw the metrics of runs.
 
     Args:
@@ -28,7 +28,8 @@ def plot_runs(
         metrics: which to draw; none for all.
 
     Returns:
-        The files that were written, and a table of figures where several runs are compared.
+        The files that were written, a table of figures where several runs are compared, and what a reader should know
+        of the logs.
 
     Raises:
         ValueError: there is no such run or metric, or the picture cannot be written.
@@ -36,6 +37,7 @@ def plot_runs(
     runs = load_runs(paths, option="RUN")
     if not runs:
         raise ValueError("Name a RUN: a folder that a trainer wrote to, or a trainer_state.json.")
+    notes = [note for run in runs if (note := ends_before_its_run(run)) is not None]
     several = len(runs) > 1
     picture = output or (Path(SEVERAL) if several else runs[0].path.with_name("metrics.png"))
     formats = sorted(Figure().canvas.get_supported_filetypes())
@@ -46,9 +48,9 @@ def plot_runs(
     try:
         if several:
             plot_comparison(runs, picture, metrics)
-            return [picture], comparison_table(runs)
+            return [picture], comparison_table(runs), notes
         plot_metrics(runs[0].history, picture, str(runs[0].path.parent), metrics)
-        return [picture, *_plot_histograms_of(runs[0], picture)], None
+        return [picture, *_plot_histograms_of(runs[0], picture)], None, notes
     except OSError as error:
         raise ValueError(f"--output {str(picture)!r} cannot be written: {error}.") from None
 

@@ -51,7 +51,7 @@ class Run:
     Args:
         name: short, different from the other runs'.
         path: of its trainer_state.json.
-        objective: where results.json names it.
+        objective: where the log names it (see `run_log`), or results.json.
         steps: optimizer steps that it has made.
         history: the log's entries.
         task: figures of the task after training, by name.
@@ -135,11 +135,10 @@ def load_run(path: str, *, option: str = "--compare") -> Run:
         {},
     )
     after = results.get("after")
-    loss_type = results.get("loss_type")
     return Run(
         name=_name_of(state),
         path=state,
-        objective=loss_type if isinstance(loss_type, str) else None,
+        objective=_objective_of(content, results),
         steps=_steps_of(content, state, option),
         history=history,
         task=_task_figures(after if isinstance(after, dict) else {}, history),
@@ -207,6 +206,40 @@ def _task_figures(
         for name, value in figures.items()
         if isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def ends_before_its_run(run: Run) -> str | None:
+    """What to say of a checkpoint's log that lacks the last evaluation; None for a log that has all."""
+    evaluated = [
+        entry["step"]
+        for entry in run.history
+        if isinstance(entry.get("step"), int) and any(name.startswith("eval_") for name in entry)
+    ]
+    whole = not run.path.parent.name.startswith("checkpoint-")
+    if whole or not evaluated or max(evaluated) >= run.steps:
+        return None
+    return (
+        f"{run.name}: the log of {run.path.parent.name} has no evaluation after step {max(evaluated)} of {run.steps}; a "
+        "checkpoint is saved before its step is evaluated. trainer.save_state() after training writes the whole log."
+    )
+
+
+def _objective_of(content: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    """The objective's name with its parameters, as `run_log.RunLog` or `scripts/train.py` has left it."""
+    record: Any = content
+    for name in ("stateful_callbacks", "RunLog", "args"):
+        record = record.get(name) if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else results
+    loss_type, parameters = record.get("loss_type"), record.get("loss_kwargs")
+    if not isinstance(loss_type, str):
+        return None
+    if not isinstance(parameters, dict) or not parameters:
+        return loss_type
+    listed = (
+        f"{name}={value:g}" if isinstance(value, int | float) else f"{name}={value}"
+        for name, value in parameters.items()
+    )
+    return f"{loss_type} ({', '.join(listed)})"
 
 
 def _steps_of(content: Mapping[str, Any], state: Path, option: str) -> int:

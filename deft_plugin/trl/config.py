@@ -68,6 +68,11 @@ def objective_of(args: Any) -> Objective | None:
     return None
 
 
+def own_loss_of(args: Any) -> str:
+    """The name of TRL's own loss that training arguments ask for, where they do: "nll" or "dft"."""
+    return "dft" if args.loss_type == "dft" else "nll"
+
+
 def settings_of(args: Any) -> tuple[CoreSettings, TrainingSettings]:
     """How training arguments want the objective to be computed, and what else of its training."""
     core, training, _ = split_parameters(parse_parameters(getattr(args, "loss_kwargs", None)))

@@ -28,16 +28,19 @@ from ..checks import check_data, data_sets_of, tokenizer_of
 from ..head import GatedCausalLMOutput, causal_lm_of
 from ..head.substitution import attribute_of
 from ..ops.availability import resolve_path
+from ..run_log import keep_log
 from ..trainer import (
     GatedTrainerMixin,
     earlier_head_on,
     keep_ligers_other_kernels,
     without_labels,
 )
+from .columns import check_columns
 from .config import (
     HAS_FUSED_HEAD,
     check_metric_for_best_model,
     objective_of,
+    own_loss_of,
     settings_of,
 )
 from .conflicts import check_conflicts, check_loss_type
@@ -155,11 +158,14 @@ def initialise(
         # A subclass's code and compute_metrics may have metrics of any name.
         if type(trainer) is trainer_class and arguments.get("compute_metrics") is None:
             check_metric_for_best_model(training_args)
+        _check_columns(trainer, arguments)
         own_init(*args, **kwargs)
+        keep_log(trainer, own_loss_of(trainer.args))
         return
     core, training = settings_of(training_args)
     resolve_path(core.path, training_args.device)
     check_conflicts(type(trainer), arguments, objective.name)
+    _check_columns(trainer, arguments)
     keep_ligers_other_kernels(training_args, objective.name)
     with _stand_in(training_args), _without_trls_head():
         try:
@@ -189,6 +195,19 @@ def _copy_router_coefficient(model: Any) -> None:
     coefficient = getattr(model.config.get_text_config(), "router_aux_loss_coef", None)
     if hasattr(model, "router_aux_loss_coef") and coefficient is not None:
         model.router_aux_loss_coef = coefficient
+
+
+def _check_columns(trainer: Any, arguments: dict[str, Any]) -> None:
+    """Look at what TRL is given to make tokens of, where it is TRL that does."""
+    args: Any = arguments.get("args")
+    settings = getattr(args, "dataset_kwargs", None) or {}
+    own = type(trainer)._prepare_dataset is not trl.SFTTrainer._prepare_dataset
+    if own or arguments.get("formatting_func") or settings.get("skip_prepare_dataset"):
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        check_columns(
+            name, arguments.get(name), getattr(args, "dataset_text_field", None) or "text"
+        )
 
 
 def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:

@@ -124,3 +124,18 @@ def test_what_cannot_be_drawn_is_told_in_one_line(
     assert errors.startswith("deft plot: ")
     assert errors.count("\n") == 1
     assert message in errors
+
+
+def test_a_checkpoints_log_without_the_last_evaluation_is_told(plot: Plot, tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path / "run" / "checkpoint-10")
+    assert plot(tmp_path / "run")[2] == ""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps({**state, "global_step": 15}))
+    status, _, errors = plot(tmp_path / "run")
+    assert status == 0
+    assert errors.startswith(
+        "deft plot: run: the log of checkpoint-10 has no evaluation after step 10 of 15; "
+    )
+    # A run's own log ends where the run has ended.
+    (tmp_path / "run" / "trainer_state.json").write_text(json.dumps({**state, "global_step": 15}))
+    assert plot(tmp_path / "run")[2] == ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, Features, IterableDataset, LargeList, List, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, LargeList, List, Value
 from peft import PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
@@ -267,3 +267,53 @@ def test_counts_over_many_batches_and_empty_rows() -> None:
     counts = count_tokens(chosen, {"input_ids": 9, "labels": 9}, 3, 3)
     assert (counts.rows, counts.unscored, counts.cut) == (3, 2, 1)
     assert counts.outside == {"input_ids": (1, 0, 9)}
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question": "So?", "answer": "No"}],
+         "has the columns question, answer. Needed are prompt and completion, messages, text .*, or input_ids"),
+        ([{"prompt": "So?", "answer": "No"}], "has a column prompt and none named completion, only prompt, answer"),
+        ([{"prompt": "So?", "completion": "No"}, {"prompt": "Why?"}],
+         "1 of 2 rows have no completion, the first being row 1, counted from 0"),
+        ([{"prompt": "So?", "completion": "No"}, {"text": "Why? No."}], "1 of 2 rows have no prompt, the first being row 1"),
+        ([{"prompt": 1, "completion": 2}], "the column prompt holds int64, and text, or messages, is needed"),
+        ([{"messages": "So? No"}], "the column messages holds string, and a list of messages is needed"),
+        ([{"messages": None}], "1 of 1 rows have no messages"),
+    ],
+)  # fmt: skip
+def test_rows_that_trl_can_make_no_tokens_of(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str, loss_type: str
+) -> None:
+    args = config(tmp_path, loss_type=loss_type)
+    keys = dict.fromkeys(key for row in rows for key in row)
+    wrong = Dataset.from_dict({key: [row.get(key) for row in rows] for key in keys})
+    with pytest.raises(ValueError, match=f"^train_dataset:? {message}"):
+        make_trainer(args, wrong)
+    with pytest.raises(ValueError, match=rf"^eval_dataset\['b'\]:? {message}"):
+        make_trainer(args, pairs(), eval_dataset={"a": pairs(), "b": wrong})
+    stream = wrong.to_iterable_dataset()
+    if "the column" not in message and "row" not in message:
+        with pytest.raises(ValueError, match=f"^train_dataset:? {message}"):
+            make_trainer(args, stream)
+
+
+def test_splits_in_place_of_one(tmp_path: Path) -> None:
+    both = DatasetDict({"train": pairs(), "test": pairs()})
+    refused(tmp_path, both, "train_dataset has the splits 'train', 'test'. Give one of them")
+
+
+def test_rows_without_a_value_that_are_not_selected_are_no_fault(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"prompt": ["So?", "Why?"], "completion": [" No", None]})
+    make_trainer(config(tmp_path), rows.select([0]))
+    refused(tmp_path, rows.select([1, 0]), "1 of 2 rows have no completion, the first being row 0")
+
+
+def test_columns_of_any_name_with_a_function_that_reads_them(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"question": "So?", "answer": " No"}])
+    make_trainer(
+        config(tmp_path), rows, formatting_func=lambda row: row["question"] + row["answer"]
+    )
+    make_trainer(config(tmp_path, dataset_text_field="question"), rows)

@@ -162,6 +162,69 @@ def test_what_a_user_can_put_right_is_said_in_a_line(
     assert message in last_line(capsys)
 
 
+GOOD = '{"prompt": "So?", "completion": " No"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "message"),
+    [
+        ({"train": GOOD + '{"prompt": "Wh'}, {}, "--dataset_name {data!r} cannot be read: "),
+        ({"train": '{"question": "So?"}'}, {}, "train_dataset has the columns question. Needed are"),
+        ({"train": ""}, {}, "--dataset_name {data!r} cannot be read: a file has no rows"),
+        ({"train": GOOD}, {"eval_strategy": "steps"}, "has no split 'test'. Add it (test.jsonl in a folder)"),
+        ({"train": GOOD}, {"dataset_train_split": "training"}, "has no split 'training'"),
+        ({}, {}, "{data}"),
+        ({"train": GOOD}, {"dataset_name": None}, "--dataset_name is missing. A model"),
+        ({"train": GOOD}, {"model_name_or_path": None}, "--model_name_or_path is missing. A model"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+def test_mistakes_in_the_data_are_told_in_a_line(
+    files: dict[str, str],
+    own: dict[str, object],
+    message: str,
+    loss_type: str,
+    run_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = run_directory / "mine"
+    data.mkdir()
+    for split, text in files.items():
+        (data / f"{split}.jsonl").write_text(text)
+    values = {
+        **options(run_directory),
+        "eval_strategy": "no",
+        "dataset_name": str(data),
+        "loss_type": loss_type,
+        **own,
+    }
+    given = {name: value for name, value in values.items() if value is not None}
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["sft", *flags(given)])
+    assert refusal.value.code == 2
+    assert message.format(data=str(data)) in last_line(capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does it")
+def test_precision_that_wants_a_gpu_says_how_to_do_without(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        name: value
+        for name, value in options(run_directory).items()
+        if name not in ("bf16", "use_cpu")
+    }
+    with pytest.raises(SystemExit):
+        cli.main(["sft", *flags(values)])
+    assert "--use_cpu True --bf16 False" in last_line(capsys)
+
+
+def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sft"])
+    assert "A model (a folder, or a name on the hub) and data" in last_line(capsys)
+
+
 def test_a_config_without_its_file_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["sft", "--config"])
