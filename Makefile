@@ -39,9 +39,8 @@ test-trl: $(TRL)/.ready dist
 # Objectives and core know torch alone: the newest and the lowest will do for them, but for kernels; the newest for what is no library.
 ONE_LINE := benchmark docs objectives ops packaging plot scripts
 test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
-	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl
-	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl $(ONE_LINE))
-	$(AXOLOTL)/bin/python $(PYTEST) tests/ops/test_triton.py
+	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow or axolotl" tests/axolotl tests/ops/test_triton.py \
+		$(filter-out $(ONE_LINE:%=tests/%/) tests/axolotl/,$(wildcard tests/*/ tests/test_*.py))
 
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl tests/transformers
@@ -82,7 +81,8 @@ docs: $(DOCS)/.ready
 
 environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
 
-INSTALL = $(@D)/bin/python -m pip install -q
+# What is imported is compiled then: a third of all that is installed.
+INSTALL = $(@D)/bin/python -m pip install -q --no-compile
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt
 	$(PYTHON) -m venv $(TRL)
