@@ -88,6 +88,27 @@ def test_the_shipped_model_and_data(
     gap = written["standing"]["mean_focus"] - written["standing"]["mean_probability"]
     assert gap > 0.15
     assert "Settled, but on something else" in page
+    assert "The mean focus is not well above" not in page
+    # The warning says how much the gate leaves out of what is new.
+    effects = {each["objective"]: each for each in written["objectives"]}
+    closed, of_nll = (effects["deft"][name] for name in ("closed_share", "closed_share_of_nll"))
+    assert (
+        f"Under <code>deft</code> {100 * closed:.1f} % of the tokens, with {100 * of_nll:.0f} % of nll's gradient, would "
+        "be as good as left out: wrong labels, and also what is new to the model"
+    ) in " ".join(page.split())
+    # No more than that is said of gates in general: not all of them leave out what is new.
+    lowest = {name: each["gradient_by_band"][0] for name, each in effects.items()}
+    assert max(lowest["p"], lowest["deft"]) < lowest["nll"] < lowest["cayley"]
+    assert effects["cayley_trans"]["closed_share"] < 0.01 < 0.3 < closed
+    assert "The gates of p and DEFT keep what the model believes in either case" in page
+    assert "the gates of p and DEFT move the weight to the right" in page
+    for general in (
+        "objectives with a gate",
+        "a gated objective keeps",
+        "a gate moves",
+        "knows the task",
+    ):
+        assert general not in page
     for option in ("--after CHECKPOINT", "--run RUN", "--compare RUN RUN"):
         assert option in page, "a hint where something is absent"
 
@@ -244,6 +265,9 @@ def test_a_model_that_is_certain_of_everything(
     written = numbers(tmp_path / "out")
     assert written["standing"]["mean_probability"] == 1
     assert [each["gradient_by_band"] for each in written["objectives"]] == [None] * 7
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "The mean focus is not well above the mean probability" in page
+    assert "Settled, but on something else" not in page
 
 
 @pytest.mark.parametrize(
