@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
+from ..model_config import config_of_model
 
 
 def shape_of_model(name: str) -> tuple[int, int]:
@@ -14,15 +14,7 @@ def shape_of_model(name: str) -> tuple[int, int]:
     Raises:
         ValueError: there is no such model, or its configuration does not say.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(name).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"MODEL {name!r} is neither a model's folder nor a model on the hub: "
-            f"{textwrap.shorten(str(error), 200)}"
-        ) from None
+    config = config_of_model(name, "MODEL").get_text_config()
     vocab = getattr(config, "vocab_size", None)
     # OPT's embeddings may be narrower than its layers.
     hidden = getattr(config, "word_embed_proj_dim", None) or getattr(config, "hidden_size", None)

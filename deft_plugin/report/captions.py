@@ -4,19 +4,21 @@ from __future__ import annotations
 
 REGIMES = (
     "A scale of the mean focus from 0 to 1 with the paper's three regimes and your data.",
-    "How to read it: the further to the right your data lies, the more the model believes to know already, and the more a gated "
-    "objective keeps of that.",
+    "How to read it: the further to the right your data lies, the more settled the model is before training, on your data's answers or on "
+    "others; which of the two, the mean probability of the target tells. The gates of p and DEFT keep what the model believes in either case: "
+    "they leave out wrong labels, and also what is new to the model.",
 )
 DISTRIBUTIONS = (
     "Three histograms over tokens: probability of the target, focus, entropy.",
-    "How to read it: each bar is the share of tokens in its range. Many tokens at probability 0 with a focus near 1 are "
-    "conflicts: the model is settled on something else than your data has.",
+    "How to read it: each bar is the share of tokens in its range. A token with a probability near 0 and a focus near 1 is a conflict: the model "
+    "is settled on something else than your data has. The panels do not show which tokens have both; where there are many, DEFT has many closed "
+    "gates.",
 )
 SHARES = (
     "Bars of shares: tokens by probability of the target, and each objective's gradient by the same bands.",
     "How to read it: the first bar is how many tokens each band has; the others, how much of an objective's gradient comes from "
     "them (the tokens' gradients in the logits, their lengths added up). For its share of the tokens, nll takes most from what "
-    "the model believes least; a gate moves the weight to the right.",
+    "the model believes least; the gates of p and DEFT move the weight to the right, to what it believes more. Those of others need not.",
 )
 GATES = (
     "The gate of each objective over the target's probability.",

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..model_config import config_of_model
 from .choices import DTYPES
 
 
@@ -34,6 +35,11 @@ class Checkpoint:
     model: str
     adapter: str | None = None
     option: str = "MODEL"
+
+    @property
+    def option_of_model(self) -> str:
+        """What the user named the model itself with."""
+        return self.option if self.adapter is None else "MODEL"
 
     @property
     def label(self) -> str:
@@ -102,14 +108,14 @@ class Placement:
             )
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"{checkpoint.option} {checkpoint.model!r} cannot be loaded as a causal language model: "
+                f"{checkpoint.option_of_model} {checkpoint.model!r} cannot be loaded as a causal language model: "
                 f"{textwrap.shorten(str(error), 300)}"
             ) from None
         missing = sorted(loading["missing_keys"])
         if missing:
             some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
-                f"{checkpoint.option} {checkpoint.model!r} lacks {len(missing)} of its weights ({some}), which would be "
+                f"{checkpoint.option_of_model} {checkpoint.model!r} lacks {len(missing)} of its weights ({some}), which would be "
                 "random: it is no whole causal language model."
             )
         if checkpoint.adapter is not None:
@@ -153,14 +159,32 @@ def checkpoint_after(model: str, after: str) -> Checkpoint:
     """
     if _is_adapter(after):
         return Checkpoint(model, after, "--after")
-    try:
-        AutoConfig.from_pretrained(after)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--after {after!r} is neither an adapter (a folder with adapter_config.json) nor a model's folder nor a "
-            f"model on the hub: {textwrap.shorten(str(error), 200)}"
-        ) from None
+    config_of_model(after, "--after", or_adapter=True)
     return Checkpoint(after, None, "--after")
+
+
+def check_is_decoder_only(checkpoint: Checkpoint) -> None:
+    """Raise `ValueError` where there is no such model, or it is not one that predicts the next token."""
+    name, option = checkpoint.model, checkpoint.option_of_model
+    try:
+        config = config_of_model(name, option)
+    except ValueError:
+        # An adapter's folder as the model itself: transformers loads it on its base model.
+        if _is_adapter(name):
+            return
+        raise
+    kind = type(config).__name__
+    way_out = "Name a decoder-only model (Llama, Qwen, Gemma, SmolLM, ...)."
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{option} {name!r} is an encoder-decoder ({kind}), which the objectives here do not cover: its labels are not the "
+            f"next tokens of its input. {way_out}"
+        )
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ValueError(
+            f"{option} {name!r} is no causal language model: transformers has none with its configuration, {kind}. {way_out}"
+        )
 
 
 def load_tokenizer(
@@ -174,9 +198,11 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
+        # Where there is no model at all, that says more.
+        config_of_model(name, option)
         raise ValueError(
-            f"{option} {name!r} is neither a model's folder nor a model on the hub: "
-            f"{textwrap.shorten(str(error), 200)}"
+            f"{option} {name!r} has no tokenizer that can be loaded. Expected: tokenizer.json and tokenizer_config.json beside "
+            f"its config.json ({textwrap.shorten(str(error), 120)})."
         ) from None
     if chat_template is not None:
         try:
@@ -197,7 +223,9 @@ def check_same_vocabulary(
         own, others = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(after.model).get_vocab()
         is_same, sizes = own == others, (len(others), len(own))
     except (OSError, ValueError, KeyError):  # A checkpoint without a tokenizer.
-        configs = [AutoConfig.from_pretrained(name) for name in (after.model, model)]
+        configs = [
+            config_of_model(*named) for named in ((after.model, after.option), (model, "MODEL"))
+        ]
         sizes = tuple(config.get_text_config().vocab_size for config in configs)
         is_same = sizes[0] == sizes[1]
     if not is_same:

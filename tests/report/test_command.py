@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, T5Config, T5ForConditionalGeneration, ViTConfig
 
 from deft_plugin import cli
 from deft_plugin.cli import errors as errors_of_commands
@@ -87,6 +88,27 @@ def test_the_shipped_model_and_data(
     gap = written["standing"]["mean_focus"] - written["standing"]["mean_probability"]
     assert gap > 0.15
     assert "Settled, but on something else" in page
+    assert "The mean focus is not well above" not in page
+    # The warning says how much the gate leaves out of what is new.
+    effects = {each["objective"]: each for each in written["objectives"]}
+    closed, of_nll = (effects["deft"][name] for name in ("closed_share", "closed_share_of_nll"))
+    assert (
+        f"Under <code>deft</code> {100 * closed:.1f} % of the tokens, with {100 * of_nll:.0f} % of nll's gradient, would "
+        "be as good as left out: wrong labels, and also what is new to the model"
+    ) in " ".join(page.split())
+    # No more than that is said of gates in general: not all of them leave out what is new.
+    lowest = {name: each["gradient_by_band"][0] for name, each in effects.items()}
+    assert max(lowest["p"], lowest["deft"]) < lowest["nll"] < lowest["cayley"]
+    assert effects["cayley_trans"]["closed_share"] < 0.01 < 0.3 < closed
+    assert "The gates of p and DEFT keep what the model believes in either case" in page
+    assert "the gates of p and DEFT move the weight to the right" in page
+    for general in (
+        "objectives with a gate",
+        "a gated objective keeps",
+        "a gate moves",
+        "knows the task",
+    ):
+        assert general not in page
     for option in ("--after CHECKPOINT", "--run RUN", "--compare RUN RUN"):
         assert option in page, "a hint where something is absent"
 
@@ -243,6 +265,9 @@ def test_a_model_that_is_certain_of_everything(
     written = numbers(tmp_path / "out")
     assert written["standing"]["mean_probability"] == 1
     assert [each["gradient_by_band"] for each in written["objectives"]] == [None] * 7
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "The mean focus is not well above the mean probability" in page
+    assert "Settled, but on something else" not in page
 
 
 @pytest.mark.parametrize(
@@ -290,6 +315,81 @@ def test_what_does_not_fit_is_told_in_one_line(
     assert status == 2
     assert last.startswith("deft report: ")
     assert message.format(**names) in last
+
+
+NO_MODEL = "is neither a model's folder nor a model on the hub"
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("empty", f"MODEL 'empty' {NO_MODEL}: the folder is empty. Expected: a folder with config.json"),
+        ("no_config", f"MODEL 'no_config' {NO_MODEL}: the folder has no config.json. Expected: a folder with config.json"),
+        ("./none", f"MODEL './none' {NO_MODEL}: there is no such folder. Expected: a folder with config.json"),
+        ("owner/none", f"MODEL 'owner/none' {NO_MODEL}: it was not downloaded before, and the hub may not be asked (HF_HUB_OFFLINE"),
+        ("no_tokenizer", "MODEL 'no_tokenizer' has no tokenizer that can be loaded. Expected: tokenizer.json and"),
+        ("t5", "MODEL 't5' is an encoder-decoder (T5Config), which the objectives here do not cover"),
+        ("bart", "MODEL 'bart' is an encoder-decoder (BartConfig), which the objectives here do not cover"),
+        ("vit", "MODEL 'vit' is no causal language model: transformers has none with its configuration, ViTConfig. Name a decoder-only"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_none_is_told_in_one_line_before_rows_are_prepared(
+    named: str, message: str, model: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(model, tmp_path / "no_config")
+    (tmp_path / "no_config" / "config.json").unlink()
+    tiny_model("llama").config.save_pretrained(tmp_path / "no_tokenizer")
+    sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
+    T5ForConditionalGeneration(T5Config(vocab_size=128, **sizes)).save_pretrained(tmp_path / "t5")
+    # Of which transformers has a decoder's half, too.
+    BartConfig(vocab_size=128).save_pretrained(tmp_path / "bart")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    for folder in ("t5", "bart", "vit"):
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    status, errors = run(named, "--data", "none.jsonl")
+    assert status == 2
+    assert message in errors
+    assert errors.strip().count("\n") == 0
+    assert len(errors) < 350
+    assert "https://" not in errors
+    assert ("Name a decoder-only model (Llama, Qwen" in errors) == (named in ("t5", "bart", "vit"))
+
+
+def test_after_and_a_model_under_an_adapter_are_named_as_they_were_given(
+    model: Path, adapter: Path, pairs: Path, run: Run, tmp_path: Path
+) -> None:
+    T5Config().save_pretrained(tmp_path / "t5")
+    status, errors = run(model, "--data", pairs, "--after", tmp_path / "t5")
+    assert status == 2
+    assert f"--after '{tmp_path}/t5' is an encoder-decoder" in errors
+    status, errors = run(tmp_path / "t5", "--data", pairs, "--adapter", adapter)
+    assert status == 2
+    assert f"MODEL '{tmp_path}/t5' is an encoder-decoder" in errors
+    (tmp_path / "empty").mkdir()
+    status, errors = run(model, "--data", pairs, "--after", tmp_path / "empty")
+    assert status == 2
+    assert f"--after '{tmp_path}/empty' is neither an adapter nor a model's folder" in errors
+    assert (
+        "the folder is empty. Expected: a folder with config.json or adapter_config.json" in errors
+    )
+
+
+def test_an_adapter_named_as_the_model_is_loaded_on_its_base_model(
+    model: Path, adapter: Path, pairs: Path, run: Run, tmp_path: Path
+) -> None:
+    config = adapter / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": str(model)}
+    config.write_text(json.dumps(settings))
+    tiny_tokenizer().save_pretrained(adapter)
+    means = []
+    for arguments in ((adapter,), (model, "--adapter", adapter)):
+        output = tmp_path / f"out{len(means)}"
+        status, errors = run(*arguments, "--data", pairs, "--rows", 4, "--output", output)
+        assert status == 0, errors
+        means.append(numbers(output)["standing"]["nll"])
+    assert means[0] == pytest.approx(means[1])
 
 
 def test_the_output_is_looked_at_before_a_model_is_loaded(
