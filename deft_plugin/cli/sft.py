@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -52,7 +53,7 @@ def sft(context: typer.Context) -> None:
     try:
         run(parsed)
     except Exception as error:
-        message = _as_the_users(error, parsed[0])
+        message = _as_the_users(error, script=parsed[0], model=parsed[2])
         if message is None:
             raise
         fail("sft", message)
@@ -72,15 +73,23 @@ def _check_names(script: Any, training: Any, model: Any, mixture: Any) -> None:
         fail("sft", f"--model_name_or_path is missing. {_NEEDED}")
     if not script.dataset_name and not mixture.datasets:
         fail("sft", f"--dataset_name is missing. {_NEEDED}")
+    if script.dataset_name and Path(script.dataset_name).is_file():
+        fail(
+            "sft",
+            f"--dataset_name {script.dataset_name!r} is a file. Name its folder; the file's name says the split, as train.jsonl "
+            "does.",
+        )
 
 
-def _as_the_users(error: Exception, script: Any) -> str | None:
+def _as_the_users(error: Exception, script: Any, model: Any) -> str | None:
     """What to say of a mistake in the arguments or the data; None for what is no such thing.
 
     Refusals of this package's and of files that are not there are written to be read; of data that cannot be loaded
     the data's reader says why.
     """
     from datasets.exceptions import DatasetsError
+
+    from ..model_config import config_of_model
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(frame.f_code.co_name == _TRAINING for frame in frames):
@@ -95,9 +104,15 @@ def _as_the_users(error: Exception, script: Any) -> str | None:
             f"{data} has no split {error.args[0]!r}. Add it ({error.args[0]}.jsonl in a folder), or name another with "
             "--dataset_train_split and --dataset_test_split. Only with --eval_strategy is one to test on needed."
         )
-    if isinstance(error, OSError) or _module(frames[-1]).startswith("deft_plugin."):
-        return str(error) if isinstance(error, ValueError | OSError) else None
-    return None
+    if not isinstance(error, ValueError | OSError):
+        return None
+    if _module(frames[-1]).startswith("deft_plugin."):
+        return str(error)
+    try:
+        config_of_model(model.model_name_or_path, "--model_name_or_path")
+    except ValueError as reason:
+        return str(reason)
+    return str(error) if isinstance(error, OSError) else None
 
 
 def _module(frame: FrameType) -> str:
