@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,7 +224,12 @@ def test_changes_between_two_checkpoints() -> None:
     assert changes.bands[0].learned is None
 
 
-def test_the_own_study_has_a_place_beside_the_papers_findings() -> None:
-    """It stands in the page of a sample whose regime it is of, and names the page of the docs."""
-    found = {regime.name: regime.own_finding for regime in REGIMES}
-    assert "docs/study.md" in (found["strong prior"] or "")
+def test_the_own_studys_figures_are_those_of_its_page() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/study.md").read_text()
+    for regime in REGIMES:
+        assert "docs/study.md" in regime.own_finding
+        figures = re.findall(
+            r"\d+\.\d+(?: ± \d+\.\d+)?", regime.own_finding.replace("3.5 million", "")
+        )
+        assert figures
+        assert not [figure for figure in figures if figure not in page]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import random
+import re
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -348,6 +349,18 @@ def test_the_docs_say_what_the_results_files_say() -> None:
         text = (study_tables.DOCS / page).read_text()
         for name, content in study_tables.contents(study.RESULTS).items():
             assert study_tables.fill(text, name, content) == text, f"{page}: {name}"
+
+
+def test_the_findings_figures_are_those_of_the_tables() -> None:
+    text = (study_tables.DOCS / "docs/study.md").read_text()
+    _, findings, rest = re.split("^## (?:Findings|How it was done)$", text, flags=re.MULTILINE)
+    figures = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", findings)
+    assert len(figures) > 20
+    assert not [
+        figure
+        for figure in figures
+        if not re.search(rf"\| (\*\*)?{re.escape(figure)}(\*\*)? \|", rest)
+    ]
 
 
 def test_splits_of_the_small_tasks_do_not_overlap() -> None:
