@@ -29,7 +29,8 @@ def config_of_model(name: str, option: str, *, or_adapter: bool = False) -> PreT
         ValueError: there is no such model.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name)
+        # Code that comes with it is not run; on a terminal transformers would ask.
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         kinds = "an adapter nor a model's folder" if or_adapter else "a model's folder"
         files = "config.json or adapter_config.json" if or_adapter else "config.json"
@@ -42,6 +43,8 @@ def config_of_model(name: str, option: str, *, or_adapter: bool = False) -> PreT
 
 def _why_none(name: str, error: Exception) -> str:
     """Why there is no configuration, without the hub's own long text."""
+    if "trust_remote_code" in str(error):
+        return "it has code of its own, which is not run here"
     path = Path(name)
     if path.is_dir():
         return _why_none_in(path, error)

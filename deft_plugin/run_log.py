@@ -1,66 +1,83 @@
 """A run's log, whole and with the name of its objective, in the run's folder: what `deft plot` and `deft report` read.
 
-Trainers alone leave it in checkpoints, which are saved before the last step is evaluated.
+Trainers alone leave it in checkpoints, which are saved before the last step is evaluated. It is there for convenience: whatever
+goes wrong with it, training goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 from .objectives import Objective
 
+logger = logging.getLogger("deft_plugin")
 
-class RunLog(TrainerCallback, ExportableState):
-    """Keeps trainer_state.json in the run's folder from a training's beginning to its end, with the objective in it.
+OBJECTIVE_NAME = "objective.json"
+
+
+class RunLog(TrainerCallback):
+    """Keeps trainer_state.json, and objective.json beside it, in the run's folder while a training goes on and after it.
 
     Args:
-        loss_type: the objective's name, or that of the trainer's own loss.
+        loss_type: the objective's name, or that of the trainer's own loss; None for a loss without a name.
         loss_kwargs: the objective's parameters that are not as usual.
     """
 
-    def __init__(self, loss_type: str, loss_kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, loss_type: str | None, loss_kwargs: Mapping[str, Any] | None = None) -> None:
         self.loss_type = loss_type
         self.loss_kwargs = dict(loss_kwargs or {})
+        # An evaluation without a training is none of the run whose folder it may be in.
+        self._has_begun = False
+        self._has_failed = False
 
-    def state(self) -> dict[str, Any]:
-        """What trainer_state.json has of it, among `stateful_callbacks`."""
-        arguments = {"loss_type": self.loss_type, "loss_kwargs": self.loss_kwargs}
-        return {"args": arguments, "attributes": {}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the objective into the log, also where a run that has not named it goes on, and an old log out of the way."""
-        state.stateful_callbacks[type(self).__name__] = self.state()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put an earlier run's log out of the way."""
+        self._has_begun = True
+        self._try(self._write_objective, args)
         self._write(args, state)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(args, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._write(args, state)
+    on_evaluate = on_save
+    on_train_end = on_save
 
-    @staticmethod
-    def _write(args: TrainingArguments, state: TrainerState) -> None:
-        if args.should_save:
-            folder = Path(args.output_dir)
+    def _write(self, args: Any, state: Any) -> None:
+        if self._has_begun:
+            self._try(lambda folder: state.save_to_json(str(folder / TRAINER_STATE_NAME)), args)
+
+    def _write_objective(self, folder: Path) -> None:
+        file = folder / OBJECTIVE_NAME
+        if self.loss_type is None:
+            file.unlink(missing_ok=True)
+            return
+        objective = {"loss_type": self.loss_type, "loss_kwargs": self.loss_kwargs}
+        file.write_text(json.dumps(objective, default=repr) + "\n", encoding="utf-8")
+
+    def _try(self, write: Callable[[Path], object], args: Any) -> None:
+        if not args.should_save:
+            return
+        folder = Path(args.output_dir)
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            write(folder)
+        # A folder that cannot be written to; a figure of somebody's own that JSON has no form for.
+        except (OSError, TypeError, ValueError) as error:
+            if not self._has_failed:
+                logger.warning("The run's log cannot be kept in %s: %s.", folder, error)
+            self._has_failed = True
 
 
 def keep_log(
-    trainer: Trainer, loss_type: str, loss_kwargs: Mapping[str, Any] | None = None
+    trainer: Trainer, loss_type: str | None, loss_kwargs: Mapping[str, Any] | None = None
 ) -> None:
     """Let a trainer keep its run's log, under this objective from now on."""
     trainer.remove_callback(RunLog)
@@ -72,5 +89,6 @@ def unusual_parameters(objective: Objective) -> dict[str, Any]:
     return {
         field.name: value
         for field in dataclasses.fields(objective)
-        if (value := getattr(objective, field.name)) != field.default
+        # Parameters of other people's objectives may be arrays, which are not simply equal.
+        if repr(value := getattr(objective, field.name)) != repr(field.default)
     }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +14,8 @@ from .errors import fail, need
 _PACKAGES = ("trl", "peft", "accelerate", "datasets")
 # Of transformers' Trainer: what comes after is no fault in the arguments.
 _TRAINING = "_inner_training_loop"
+# Of these, errors before training are about what they were asked for.
+_WRITTEN = ("accelerate.", "datasets.", "huggingface_hub.", "peft.", "transformers.", "trl.")
 _NEEDED = "A model (a folder, or a name on the hub) and data (a folder with train.jsonl, or a name on the hub) are needed."
 
 
@@ -49,14 +50,34 @@ def sft(context: typer.Context) -> None:
         parsed = parser.parse_args_and_config(args=context.args)
     except (ValueError, OSError, YAMLError) as error:
         fail("sft", f"{error}{_remedy(error)}")
-    _check_names(*parsed)
+    except (TypeError, AttributeError) as error:
+        # Of a YAML file's values, which no flag could have.
+        fail("sft", f"A value of --config has another type than is needed: {error}.")
+    arguments = Arguments(*parsed)
+    _check_names(arguments)
     try:
         run(parsed)
     except Exception as error:
-        message = _as_the_users(error, script=parsed[0], model=parsed[2])
-        if message is None:
+        message = _as_the_users(error, arguments)
+        if message is None or arguments.training.log_level == "debug":
             raise
         fail("sft", message)
+
+
+class Arguments(NamedTuple):
+    """What TRL's parser makes of the command line."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+
+    @property
+    def data(self) -> str:
+        """What the user has named the data with."""
+        return (
+            "datasets" if self.mixture.datasets else f"--dataset_name {self.script.dataset_name!r}"
+        )
 
 
 def _remedy(error: Exception) -> str:
@@ -67,11 +88,18 @@ def _remedy(error: Exception) -> str:
     return " Without a GPU add --use_cpu True --bf16 False." if wants_gpu else ""
 
 
-def _check_names(script: Any, training: Any, model: Any, mixture: Any) -> None:
+def _check_names(arguments: Arguments) -> None:
     """Fail where there is no model or no data set."""
+    script, model = arguments.script, arguments.model
+    for option, value in (
+        ("--model_name_or_path", model.model_name_or_path),
+        ("--dataset_name", script.dataset_name),
+    ):
+        if value is not None and not isinstance(value, str):
+            fail("sft", f"{option} {value!r} is no text.")
     if not model.model_name_or_path:
         fail("sft", f"--model_name_or_path is missing. {_NEEDED}")
-    if not script.dataset_name and not mixture.datasets:
+    if not script.dataset_name and not arguments.mixture.datasets:
         fail("sft", f"--dataset_name is missing. {_NEEDED}")
     if script.dataset_name and Path(script.dataset_name).is_file():
         fail(
@@ -81,42 +109,73 @@ def _check_names(script: Any, training: Any, model: Any, mixture: Any) -> None:
         )
 
 
-def _as_the_users(error: Exception, script: Any, model: Any) -> str | None:
-    """What to say of a mistake in the arguments or the data; None for what is no such thing.
+def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
+    """What to say of a mistake in the arguments or the data; None for what may be a fault of the code's, or of the user's code.
 
-    Refusals of this package's and of files that are not there are written to be read; of data that cannot be loaded
-    the data's reader says why.
+    Refusals, this package's and those that TRL and the packages below it raise before training, are written to be read;
+    of data that cannot be loaded the data's reader says why.
     """
     from datasets.exceptions import DatasetsError
-
-    from ..model_config import config_of_model
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(frame.f_code.co_name == _TRAINING for frame in frames):
         return None
-    data = f"--dataset_name {script.dataset_name!r}"
-    if isinstance(error, StopIteration) and _module(frames[-1]).startswith("datasets."):
-        return f"{data} cannot be read: a file has no rows."
+    raiser = str(frames[-1].f_globals.get("__name__"))
+    if isinstance(error, StopIteration) and raiser.startswith("datasets."):
+        return f"{arguments.data} cannot be read: a file has no rows."
     if isinstance(error, DatasetsError) and not isinstance(error, OSError):
-        return f"{data} cannot be read: {_innermost(error)}"
-    if isinstance(error, KeyError) and _module(frames[-1]).startswith("datasets.dataset_dict"):
-        return (
-            f"{data} has no split {error.args[0]!r}. Add it ({error.args[0]}.jsonl in a folder), or name another with "
-            "--dataset_train_split and --dataset_test_split. Only with --eval_strategy is one to test on needed."
-        )
-    if not isinstance(error, ValueError | OSError):
-        return None
-    if _module(frames[-1]).startswith("deft_plugin."):
+        return f"{arguments.data} cannot be read: {_innermost(error)}"
+    if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
+        return _without_split(error.args[0], arguments)
+    if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
         return str(error)
+    if not isinstance(error, ValueError | OSError | ImportError) or not raiser.startswith(_WRITTEN):
+        return None
+    return _why_no_model(error, arguments) or _why_no_data(error, arguments) or str(error)
+
+
+def _without_split(split: object, arguments: Arguments) -> str | None:
+    named = (arguments.script.dataset_train_split, arguments.script.dataset_test_split)
+    if split not in named:
+        return None
+    if arguments.mixture.datasets:
+        return f"datasets gives no split {split!r}. test_split_size keeps a share of the rows to test on."
+    file = f" ({split}.jsonl in a folder)" if str(split).isidentifier() else ""
+    return (
+        f"{arguments.data} has no split {split!r}. Add it{file}, or name another with --dataset_train_split and "
+        "--dataset_test_split. Only with --eval_strategy is one to test on needed."
+    )
+
+
+def _why_no_model(error: Exception, arguments: Arguments) -> str | None:
+    """What is wrong with the name of the model, where something is; code that comes with one is not run for it."""
+    from ..model_config import config_of_model
+
+    if "trust_remote_code" in str(error):
+        name = arguments.model.model_name_or_path
+        return f"--model_name_or_path {name!r} has code of its own. --trust_remote_code True runs it, if you trust it."
+    if arguments.training.trust_remote_code or arguments.model.model_revision != "main":
+        return None
     try:
-        config_of_model(model.model_name_or_path, "--model_name_or_path")
+        config_of_model(arguments.model.model_name_or_path, "--model_name_or_path")
     except ValueError as reason:
         return str(reason)
-    return str(error) if isinstance(error, OSError) else None
+    return None
 
 
-def _module(frame: FrameType) -> str:
-    return str(frame.f_globals.get("__name__"))
+def _why_no_data(error: Exception, arguments: Arguments) -> str | None:
+    """What is wrong with the name of the data, where they could not be found."""
+    name = arguments.script.dataset_name
+    if arguments.mixture.datasets or not isinstance(error, OSError) or Path(name).is_dir():
+        return None
+    if not _module_in(error, "datasets."):
+        return None
+    return f"{arguments.data}: there is no such folder here, and from the hub it cannot be had: {error}."
+
+
+def _module_in(error: Exception, package: str) -> bool:
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(str(frame.f_globals.get("__name__")).startswith(package) for frame in frames)
 
 
 def _innermost(error: BaseException) -> str:

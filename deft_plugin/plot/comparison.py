@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from ..report.figures.dress import LIGHT
@@ -70,13 +71,22 @@ def comparison_table(runs: Sequence[Run]) -> Table:
     """A line for each run: its nll, accuracy and figures of the task."""
     lines = [figures_of(run) for run in runs]
     tasks = sorted({name for line in lines for name in line.task})
-    table = Table("run", "objective", "steps", "rows", "nll, best", "nll, last", "accuracy", *tasks)
+    table = Table(
+        "run",
+        "objective",
+        "steps",
+        "rows",
+        "nll, best",
+        "nll, last",
+        "accuracy",
+        *map(escape, tasks),
+    )
     for line in lines:
         accuracy = line.last.get("mean_token_accuracy")
         figures = [line.nll_best, line.nll_last, accuracy, *(line.task.get(name) for name in tasks)]
         table.add_row(
-            line.name,
-            line.objective or "-",
+            escape(line.name),
+            escape(line.objective or "-"),
             str(line.steps),
             "held out" if line.held_out else "training",
             *("-" if figure is None else f"{figure:.3f}" for figure in figures),

@@ -44,7 +44,9 @@ def plot_metrics(
     Raises:
         ValueError: the log has none of the metrics, or one of `metrics` is unknown or was not logged.
     """
-    logged = {name.removeprefix("eval_") for entry in log_history for name in entry}
+    names = {name for entry in log_history for name in entry}
+    # What has a value at a step.
+    logged = {name.removeprefix("eval_") for name in names if series_of(log_history, name)}
     candidates = (
         PANELS if "objective_loss" in logged and "loss" not in metrics else (OWN_LOSS, *PANELS)
     )
@@ -65,7 +67,7 @@ def plot_metrics(
     ]
     if not panels:
         raise ValueError(
-            f"The log has no metrics to plot, only {', '.join(sorted(logged)) or 'no entries'}."
+            f"The log has no metrics to plot, only {', '.join(sorted(names)) or 'no entries'}."
         )
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)

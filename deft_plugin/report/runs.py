@@ -1,7 +1,7 @@
 """Logs of training runs: one for its course, several to compare.
 
 A run is what transformers' trainers leave behind: trainer_state.json, in the run's folder or in that of its newest checkpoint.
-Beside it `scripts/train.py` writes results.json, with the objective and the figures of the task.
+Beside it this package's trainers write objective.json, and `scripts/train.py` results.json, with the figures of the task.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 STATE = "trainer_state.json"
 RESULTS = "results.json"
+# Of `run_log`, which needs transformers.
+OBJECTIVE = "objective.json"
 Series = dict[float, float]
 
 # What runs are compared by: title, and unit.
@@ -41,6 +43,8 @@ _NOT_COMPARED = (
     "num_input_tokens_seen",
     "skipped_share",
 )
+# The only losses that train without this package's metrics.
+_TRLS_OWN = ("nll", "dft")
 _NOT_COMPARED_ENDS = tuple(f"_{name}" for name in _NOT_COMPARED)
 
 
@@ -51,7 +55,7 @@ class Run:
     Args:
         name: short, different from the other runs'.
         path: of its trainer_state.json.
-        objective: where the log names it (see `run_log`), or results.json.
+        objective: where objective.json or results.json names it.
         steps: optimizer steps that it has made.
         history: the log's entries.
         task: figures of the task after training, by name.
@@ -82,12 +86,16 @@ class Run:
 
 def series_of(history: Sequence[Mapping[str, Any]], metric: str) -> Series:
     """Values of a log's entries by optimizer step; the last one where a step was logged twice."""
-    found = (
-        (entry.get("step"), entry[metric])
-        for entry in history
-        if isinstance(entry.get(metric), int | float)
-    )
-    return {step: float(value) for step, value in found if isinstance(step, int | float)}
+    found = ((_number(entry.get("step")), _number(entry.get(metric))) for entry in history)
+    return {step: value for step, value in found if step is not None and value is not None}
+
+
+def _number(value: Any) -> float | None:
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if is_number else None
+    except OverflowError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -126,19 +134,13 @@ def load_run(path: str, *, option: str = "--compare") -> Run:
         raise ValueError(
             f"{option} {path!r}: {state.name} has no log_history, as a trainer writes it."
         )
-    results = next(
-        (
-            _json(folder / RESULTS, option)
-            for folder in _folders(state)
-            if (folder / RESULTS).exists()
-        ),
-        {},
-    )
+    results = _beside(state, RESULTS, option)
+    named = _beside(state, OBJECTIVE, option) or results
     after = results.get("after")
     return Run(
         name=_name_of(state),
         path=state,
-        objective=_objective_of(content, results),
+        objective=_objective_of(named, history),
         steps=_steps_of(content, state, option),
         history=history,
         task=_task_figures(after if isinstance(after, dict) else {}, history),
@@ -201,10 +203,9 @@ def _task_figures(
             }
         )
     figures.update({name: value for name, value in after.items() if name not in known})
+    numbers = {name: _number(value) for name, value in figures.items()}
     return {
-        name: float(value)
-        for name, value in figures.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        name: value for name, value in numbers.items() if value is not None and math.isfinite(value)
     }
 
 
@@ -224,22 +225,30 @@ def ends_before_its_run(run: Run) -> str | None:
     )
 
 
-def _objective_of(content: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
-    """The objective's name with its parameters, as `run_log.RunLog` or `scripts/train.py` has left it."""
-    record: Any = content
-    for name in ("stateful_callbacks", "RunLog", "args"):
-        record = record.get(name) if isinstance(record, dict) else None
-    record = record if isinstance(record, dict) else results
+def _objective_of(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str | None:
+    """The objective's name with its parameters, as objective.json or `scripts/train.py` names it.
+
+    None where the log's end is another loss's: a plain trainer that has gone on in the folder names none.
+    """
     loss_type, parameters = record.get("loss_type"), record.get("loss_kwargs")
     if not isinstance(loss_type, str):
+        return None
+    trained = [entry for entry in history if "loss" in entry]
+    if trained and "objective_loss" not in trained[-1] and loss_type not in _TRLS_OWN:
         return None
     if not isinstance(parameters, dict) or not parameters:
         return loss_type
     listed = (
-        f"{name}={value:g}" if isinstance(value, int | float) else f"{name}={value}"
+        f"{name}={value}" if (number := _number(value)) is None else f"{name}={number:g}"
         for name, value in parameters.items()
     )
     return f"{loss_type} ({', '.join(listed)})"
+
+
+def _beside(state: Path, name: str, option: str) -> dict[str, Any]:
+    """What a file in the run's folder holds; {} without one."""
+    files = [folder / name for folder in _folders(state) if (folder / name).is_file()]
+    return _json(files[0], option) if files else {}
 
 
 def _steps_of(content: Mapping[str, Any], state: Path, option: str) -> int:
@@ -258,20 +267,33 @@ def _state_of(path: Path, option: str) -> Path:
         raise ValueError(
             f"{option} {str(path)!r} does not exist. Choices: a run's folder, or a {STATE}."
         )
-    if (path / STATE).is_file():
-        return path / STATE
+    whole = path / STATE
     checkpoints = [
         folder
         for folder in path.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / STATE).is_file()
+        if _step_of(folder) >= 0 and (folder / STATE).is_file()
     ]
-    if not checkpoints:
+    newest = max(checkpoints, key=_step_of, default=None)
+    if whole.is_file():
+        # A trainer that keeps no log in the folder may have gone on from where the log ends.
+        if newest is None or _step_of(newest) <= _steps_of(_json(whole, option), whole, option):
+            return whole
+        # Or a run that began anew has left an older one's checkpoints.
+        is_older = (newest / STATE).stat().st_mtime <= whole.stat().st_mtime
+        return whole if is_older else newest / STATE
+    if newest is None:
         inside = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
         raise ValueError(
             f"{option} {str(path)!r} has no {STATE}, nor a checkpoint-N with one. It has: {inside}. Name the folder "
             "that a trainer wrote to (trainer.save_state() writes the file)."
         )
-    return max(checkpoints, key=lambda each: int(each.name.removeprefix("checkpoint-"))) / STATE
+    return newest / STATE
+
+
+def _step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 where there is none."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() and number.isascii() else -1
 
 
 def _json(path: Path, option: str) -> dict[str, Any]:

@@ -1,16 +1,19 @@
-"""What a data set's columns must be for TRL to prepare them, looked at before TRL does, whose errors name no column."""
+"""What a data set's columns must be for TRL to prepare them, looked at before TRL does, whose errors name no column.
+
+TRL decides by the first row what it is given, and so does this.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute as pc
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 
 from ..checks import data_sets_of
 
-_TEXTS = ("string", "large_string")
+Row = Mapping[str, Any]
 
 
 def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
@@ -22,54 +25,82 @@ def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
         text_field: the column of plain text, `SFTConfig.dataset_text_field`.
 
     Raises:
-        ValueError: several splits to train on; none of the columns that TRL takes; numbers in place of text; rows
-            without a value.
+        ValueError: several splits to train on; none of the columns that TRL takes; something else in them than text or
+            messages; rows without a value.
     """
     if name == "train_dataset" and isinstance(dataset, dict):
         splits = ", ".join(map(repr, dataset))
         raise ValueError(f"train_dataset has the splits {splits}. Give one of them.")
     for each, part in data_sets_of(name, dataset).items():
+        if not isinstance(part, Dataset | IterableDataset):
+            continue
+        row = next(iter(part), None)
+        # Tokens already, or images, which a collator reads; tables, with which TRL does not begin.
+        if not isinstance(row, Mapping) or {"input_ids", "image", "images"} & row.keys():
+            continue
+        columns = _used_columns(each, row, text_field)
         if isinstance(part, Dataset) and part.format["type"] != "custom":
-            used = _used_columns(each, part.column_names, text_field)
-            _check_types(each, part, used)
-            _check_nulls(each, part, used)
-        elif isinstance(part, IterableDataset):
-            # TRL too reads its first row to see what it has.
-            _used_columns(each, list(next(iter(part), {})), text_field)
+            _check_nulls(each, part, columns)
 
 
-def _used_columns(name: str, columns: Sequence[str], text_field: str) -> Sequence[str]:
-    """The columns that tokens are made of; none where they are tokens already, or images that a collator reads."""
-    if not columns or {"input_ids", "image", "images"} & {*columns}:
-        return ()
-    if "prompt" in columns and "completion" not in columns:
-        raise ValueError(
-            f"{name} has a column prompt and none named completion, only {_listed(columns)}. Rename the one with the "
-            "answers."
-        )
-    for form in (("prompt", "completion"), ("messages",), ("conversations",), (text_field,)):
-        if form[0] in columns:
-            return form
+def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
+    """The columns that every row needs, of those that tokens are made of."""
+    if "prompt" in row:
+        if "completion" not in row:
+            raise ValueError(
+                f"{name} has a column prompt and none named completion, only {_listed(row)}. Rename the one with the answers."
+            )
+        for column in ("prompt", "completion"):
+            _check_value(name, column, row[column])
+        return ("prompt", "completion")
+    conversations: dict[str, tuple[str, ...]] = {
+        "messages": ("role",),
+        "conversations": ("from", "value"),
+    }
+    for column, keys in conversations.items():
+        if _is_conversation(row.get(column), *keys):
+            # Rows without messages are then plain text.
+            return () if text_field in row else (column,)
+    if text_field in row:
+        _check_value(name, text_field, row[text_field], or_messages=False)
+        return (text_field,)
+    for column, needed in (("messages", "role and content"), ("conversations", "from and value")):
+        if row.get(column) is not None:
+            raise ValueError(
+                f"{name}: the column {column} holds {_kind(row[column])}, and a list of messages with {needed} is needed."
+            )
+        if column in row:
+            return (column,)
     raise ValueError(
-        f"{name} has the columns {_listed(columns)}. Needed are prompt and completion, messages, {text_field} "
+        f"{name} has the columns {_listed(row)}. Needed are prompt and completion, messages, {text_field} "
         "(dataset_text_field says which), or input_ids. Rename them in the file, or with dataset.rename_columns."
     )
 
 
-def _check_types(name: str, dataset: Dataset, columns: Iterable[str]) -> None:
-    for column in columns:
-        kind = dataset.features[column]
-        if not isinstance(kind, Value) or kind.dtype == "null":
-            continue
-        conversation = column in ("messages", "conversations")
-        if conversation or kind.dtype not in _TEXTS:
-            needed = "a list of messages" if conversation else "text, or messages,"
-            raise ValueError(
-                f"{name}: the column {column} holds {kind.dtype}, and {needed} is needed."
-            )
+def _check_value(name: str, column: str, value: Any, or_messages: bool = True) -> None:
+    if value is None or isinstance(value, str) or (or_messages and _is_conversation(value, "role")):
+        return
+    needed = "text, or a list of messages with role and content," if or_messages else "text"
+    raise ValueError(f"{name}: the column {column} holds {_kind(value)}, and {needed} is needed.")
 
 
-def _check_nulls(name: str, dataset: Dataset, columns: Iterable[str]) -> None:
+def _is_conversation(value: Any, *keys: str) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], Mapping)
+        and all(key in value[0] for key in keys)
+    )
+
+
+def _kind(value: Any) -> str:
+    """What a value is, with its keys where it is a list of dicts."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return f"a list with {', '.join(map(str, value[0]))}"
+    return f"{value!r:.40} ({type(value).__name__})"
+
+
+def _check_nulls(name: str, dataset: Dataset, columns: tuple[str, ...]) -> None:
     for column in columns:
         # Of all that is stored, selected or not.
         if not dataset.data.column(column).null_count:
@@ -83,5 +114,5 @@ def _check_nulls(name: str, dataset: Dataset, columns: Iterable[str]) -> None:
             )
 
 
-def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(columns)
+def _listed(row: Row) -> str:
+    return ", ".join(map(str, row))

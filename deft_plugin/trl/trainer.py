@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trl.trainer import sft_trainer
 
 from ..checks import check_data, data_sets_of, tokenizer_of
+from ..conflicts import check_other_losses
 from ..head import GatedCausalLMOutput, causal_lm_of
 from ..head.substitution import attribute_of
 from ..ops.availability import resolve_path
@@ -160,7 +161,7 @@ def initialise(
             check_metric_for_best_model(training_args)
         _check_columns(trainer, arguments)
         own_init(*args, **kwargs)
-        keep_log(trainer, own_loss_of(trainer.args))
+        keep_log(trainer, _own_loss(trainer, arguments))
         return
     core, training = settings_of(training_args)
     resolve_path(core.path, training_args.device)
@@ -197,12 +198,26 @@ def _copy_router_coefficient(model: Any) -> None:
         model.router_aux_loss_coef = coefficient
 
 
+def _own_loss(trainer: Any, arguments: dict[str, Any]) -> str | None:
+    """The name of TRL's own loss, where that is what trains."""
+    mine = [c for c in type(trainer).__mro__ if "compute_loss" in vars(c)]
+    # A subclass's, for distillation say, comes before TRL's and this package's.
+    if not mine[0].__module__.startswith(("deft_plugin.", "trl.trainer.sft_trainer")):
+        return None
+    try:
+        check_other_losses(trainer.args, arguments.get("compute_loss_func"), "nll")
+    except ValueError:
+        return None
+    return own_loss_of(trainer.args)
+
+
 def _check_columns(trainer: Any, arguments: dict[str, Any]) -> None:
     """Look at what TRL is given to make tokens of, where it is TRL that does."""
     args: Any = arguments.get("args")
-    settings = getattr(args, "dataset_kwargs", None) or {}
+    settings = getattr(args, "dataset_kwargs", None)
+    prepared = isinstance(settings, dict) and settings.get("skip_prepare_dataset")
     own = type(trainer)._prepare_dataset is not trl.SFTTrainer._prepare_dataset
-    if own or arguments.get("formatting_func") or settings.get("skip_prepare_dataset"):
+    if own or prepared or arguments.get("formatting_func"):
         return
     for name in ("train_dataset", "eval_dataset"):
         check_columns(

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, LargeList, List, Value
@@ -279,9 +280,13 @@ def test_counts_over_many_batches_and_empty_rows() -> None:
         ([{"prompt": "So?", "completion": "No"}, {"prompt": "Why?"}],
          "1 of 2 rows have no completion, the first being row 1, counted from 0"),
         ([{"prompt": "So?", "completion": "No"}, {"text": "Why? No."}], "1 of 2 rows have no prompt, the first being row 1"),
-        ([{"prompt": 1, "completion": 2}], "the column prompt holds int64, and text, or messages, is needed"),
-        ([{"messages": "So? No"}], "the column messages holds string, and a list of messages is needed"),
+        ([{"prompt": 1, "completion": 2}], r"the column prompt holds 1 \(int\), and text, or a list of messages with role and content, is needed"),
+        ([{"messages": "So? No"}], r"the column messages holds 'So\? No' \(str\), and a list of messages with role and content is needed"),
         ([{"messages": None}], "1 of 1 rows have no messages"),
+        ([{"conversations": [{"role": "user", "content": "So?"}]}],
+         "the column conversations holds a list with role, content, and a list of messages with from and value is needed"),
+        ([{"prompt": "So?", "completion": [{"from": "gpt", "value": "No"}]}], "the column completion holds a list with from, value"),
+        ([{"text": ["So?"]}], "the column text holds .* and text is needed"),
     ],
 )  # fmt: skip
 def test_rows_that_trl_can_make_no_tokens_of(
@@ -295,9 +300,39 @@ def test_rows_that_trl_can_make_no_tokens_of(
     with pytest.raises(ValueError, match=rf"^eval_dataset\['b'\]:? {message}"):
         make_trainer(args, pairs(), eval_dataset={"a": pairs(), "b": wrong})
     stream = wrong.to_iterable_dataset()
-    if "the column" not in message and "row" not in message:
+    if "rows have" not in message:
         with pytest.raises(ValueError, match=f"^train_dataset:? {message}"):
             make_trainer(args, stream)
+
+
+MESSAGES = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "No"}]
+TEXT = {"text": "So? No"}
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Dataset.from_list([{**TEXT, "conversations": "[json]"}] * 4),
+        Dataset.from_list([{**TEXT, "messages": 3}] * 4),
+        Dataset.from_list([{**TEXT, "messages": None}] * 4),
+        Dataset.from_list([{**TEXT, "conversations": value} for value in (None, [{"from": "human", "value": "So?"}])]),
+        Dataset.from_list([{**TEXT, "messages": "3"}] * 4).with_format("python", columns=["text"]),
+        Dataset.from_list([{"prompt": MESSAGES[:1], "completion": MESSAGES[1:], "extra": None}] * 4),
+        Dataset.from_list([{"messages": MESSAGES, "tools": None}] * 4),
+        Dataset.from_list([{"conversations": [{"from": "human", "value": "So?"}, {"from": "gpt", "value": "No"}]}] * 4),
+        Dataset(pa.table({"text": pa.array(["So? No"] * 4, pa.string_view())})),
+    ],
+    ids=lambda dataset: ",".join(dataset.column_names),
+)  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+def test_what_trl_makes_tokens_of_is_not_refused(
+    tmp_path: Path, dataset: Dataset, loss_type: str
+) -> None:
+    args = config(tmp_path, loss_type=loss_type, packing=False)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    trainer = make_trainer(args, dataset, processing_class=tokenizer)
+    assert len(trainer.train_dataset) == len(dataset)
 
 
 def test_splits_in_place_of_one(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import trl
 from transformers import TrainerCallback
 
+import deft_plugin
 from deft_plugin.report.runs import load_run
 from deft_plugin.trl import SFTTrainer
 from tests.transformers import running as transformers_running
@@ -88,11 +91,105 @@ def test_a_run_that_begins_anew_leaves_no_old_log(tmp_path: Path) -> None:
 def test_a_checkpoint_without_it_goes_on(tmp_path: Path) -> None:
     """One of TRL's own trainers, as it was before this package."""
     a_trainer(tmp_path, loss_type="deft").train()
-    path = tmp_path / "checkpoint-1" / "trainer_state.json"
-    state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["RunLog"]
-    path.write_text(json.dumps(state))
-    a_trainer(tmp_path, loss_type="alpha", loss_kwargs={"a": 0}).train(str(path.parent))
+    (tmp_path / "objective.json").unlink()
+    (tmp_path / "trainer_state.json").unlink()
+    a_trainer(
+        tmp_path,
+        loss_type="alpha",
+        loss_kwargs={"a": 0},
+        restore_callback_states_from_checkpoint=True,
+    ).train(str(tmp_path / "checkpoint-1"))
     run = load_run(str(tmp_path))
     assert (run.objective, run.steps) == ("alpha (a=0)", 2)
-    assert load_run(str(tmp_path / "checkpoint-2")).objective == "alpha (a=0)"
+
+
+def test_a_plain_trainer_that_goes_on_in_the_folder_is_not_called_by_the_objective(
+    tmp_path: Path,
+) -> None:
+    a_trainer(tmp_path, loss_type="deft").train()
+    settings = {"loss_type": "nll", "num_train_epochs": 2, "max_steps": -1}
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    plain = make_trainer(
+        config(tmp_path, trl.SFTConfig, **settings, **saving),
+        make_rows(8),
+        trainer_class=trl.SFTTrainer,
+    )
+    plain.train(resume_from_checkpoint=True)
+    run = load_run(str(tmp_path))
+    assert (run.objective, run.steps, run.path.parent.name) == (None, 4, "checkpoint-4")
+
+
+def test_an_evaluation_after_training_belongs_to_the_run_and_one_without_does_not(
+    tmp_path: Path,
+) -> None:
+    trainer = a_trainer(tmp_path, loss_type="deft", eval_strategy="no")
+    trainer.train()
+    assert not load_run(str(tmp_path)).held_out("nll")
+    trainer.evaluate()
+    assert list(load_run(str(tmp_path)).held_out("nll")) == [2]
+    a_trainer(tmp_path, loss_type="nll").evaluate()
+    assert list(load_run(str(tmp_path)).held_out("nll")) == [2]
+
+
+class LogsNumpy(TrainerCallback):
+    """Puts what JSON has no form for into the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1]["mine"] = np.float32(1)
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+def test_a_log_that_cannot_be_kept_stops_nothing(
+    tmp_path: Path, loss_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = a_trainer(tmp_path, loss_type=loss_type, save_strategy="no", callbacks=[LogsNumpy()])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    told = [r.getMessage() for r in caplog.records if "log cannot be kept" in r.getMessage()]
+    assert len(told) == 1
+    assert "float32" in told[0]
+
+
+def test_a_folder_in_the_logs_place_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").mkdir()
+    a_trainer(tmp_path, loss_type="deft", save_strategy="no").train()
+
+
+class Mine(SFTTrainer):
+    """Another loss, of logits."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+
+def seven(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return outputs.logits.float().mean() * 0 + 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"trainer_class": Mine},
+        {"compute_loss_func": seven},
+        {"label_smoothing_factor": 0.5},
+    ],
+    ids=str,
+)
+def test_a_loss_of_ones_own_is_not_called_nll(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    smoothing = {
+        name: arguments.pop(name) for name in ("label_smoothing_factor",) if name in arguments
+    }
+    make_trainer(config(tmp_path, loss_type="nll", **smoothing), make_rows(8), **arguments).train()
+    assert load_run(str(tmp_path)).objective is None
+
+
+def test_parameters_of_any_kind_are_kept_as_text(tmp_path: Path, own_objectives: None) -> None:
+    @deft_plugin.objective("with_function")
+    def loss(log_p: Any, statistics: Any, *, function: Any = None, weights: Any = None) -> Any:
+        return -log_p
+
+    settings = {"function": torch.exp, "weights": np.ones(2)}
+    make_trainer(
+        config(tmp_path, loss_type="with_function", loss_kwargs=settings), make_rows(8)
+    ).train()
+    assert "built-in" in (load_run(str(tmp_path)).objective or "")
