@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .head.lm_head import lm_head_of, lm_head_rows
 
@@ -55,8 +55,17 @@ def tokenizer_of(processing_class: Any) -> Any:
 
 
 def check_tokenizer(processing_class: Any, model: PreTrainedModel) -> None:
-    """Raise `ValueError` where batches would be padded with a token that the model has no embedding for."""
-    token = getattr(tokenizer_of(processing_class), "pad_token_id", None)
+    """Raise `ValueError` for a tokenizer without tokens, or one that pads with a token that the model has no embedding for."""
+    tokenizer = tokenizer_of(processing_class)
+    # What transformers makes of a folder without a tokenizer's files.
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and len(tokenizer) <= len(
+        {*tokenizer.all_special_ids}
+    ):
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, and none but special ones: the model's folder lacks the tokenizer's "
+            "files, or they are of another model. Save it there: tokenizer.save_pretrained(FOLDER)."
+        )
+    token = getattr(tokenizer, "pad_token_id", None)
     size = _vocabulary_sizes(model)["input_ids"]
     if token is not None and token >= size:
         raise ValueError(

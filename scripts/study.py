@@ -2,7 +2,7 @@
 
     python scripts/study.py small                     # the shipped base model: about an hour and a half on two cores
     python scripts/study.py real                      # SmolLM2-135M, LoRA: some hours on two cores, minutes on a GPU
-    python scripts/study.py real --model Qwen/Qwen3-0.6B --train-rows 1500 --output runs/study/qwen.csv
+    python scripts/study.py real --model Qwen/Qwen3-0.6B-Base --train-rows 1500 --output runs/study/qwen.csv
     python scripts/study.py tables                    # docs/study.md out of the results files
 
 An objective's learning rate is chosen for each data set and, at the small scale, share of corrupted answers, from the same grid on

@@ -3,7 +3,7 @@
     python scripts/train.py                                     # shipped model and task, no hub, no GPU
     python scripts/train.py --loss-type cayley_trans --loss-kwargs '{"floor_coefficient": 0.3}'
     python scripts/train.py --model smollm2 --dataset asdiv     # a real model and real data, out of packages
-    python scripts/train.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 2e-4 \\
+    python scripts/train.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --learning-rate 2e-4 \\
         --batch-size 4 --accumulation 8 --max-length 1024
 
 The base model is loaded in 4 bit (NF4), LoRA adapters are fitted with TRL's SFTTrainer and the chosen

@@ -93,6 +93,8 @@ def benchmark(
     with usage_errors("benchmark"):
         if only and everyone:
             raise ValueError("--only and --all are given. Leave one of them out.")
+        if output is not None and output.exists() and not output.is_dir():
+            raise ValueError(f"--output {str(output)!r} is a file; it must be a folder.")
         check_choice("--head", head, _HEADS)
         for name in only or ():
             check_choice("--only", name, tuple(CONTESTANTS))

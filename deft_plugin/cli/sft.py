@@ -32,7 +32,7 @@ def sft(context: typer.Context) -> None:
     """Fine-tune: `trl sft` with the objectives as --loss_type, its flags and its YAML files.
 
     \b
-        deft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --loss_type deft
+        deft sft --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name trl-lib/Capybara --loss_type deft
     """
     need("sft", "trl", _PACKAGES)
     if not context.args:
@@ -124,7 +124,11 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     if isinstance(error, StopIteration) and raiser.startswith("datasets."):
         return f"{arguments.data} cannot be read: a file has no rows."
     if isinstance(error, DatasetsError) and not isinstance(error, OSError):
-        return f"{arguments.data} cannot be read: {_innermost(error)}"
+        from ..report.data import broken_line
+
+        folder = None if arguments.mixture.datasets else Path(arguments.script.dataset_name)
+        reason = (broken_line(folder) if folder else None) or _innermost(error)
+        return f"{arguments.data} cannot be read: {reason}."
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
         return _without_split(error.args[0], arguments)
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):

@@ -218,5 +218,7 @@ def _parameters_of(function: LossFunction) -> list[tuple[str, Any, Any]]:
 def _guess(name: str, choices: tuple[str, ...]) -> str:
     """A question that names the nearest of the choices, also where only the case differs; "" without one."""
     lowered = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(name.lower(), lowered, n=1)
+    # Letters in another order first: "dfet" is nearer to "dft" than to "deft" otherwise.
+    reordered = [choice for choice in lowered if sorted(choice) == sorted(name.lower())]
+    close = reordered or difflib.get_close_matches(name.lower(), lowered, n=1)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""

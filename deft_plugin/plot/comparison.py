@@ -63,6 +63,7 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
             for axis in axes[: len(shown)]
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
+        figure.suptitle("dots: held out, thin lines: training", fontsize=9)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=130)
 

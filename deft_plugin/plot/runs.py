@@ -35,6 +35,8 @@ def plot_runs(
         ValueError: there is no such run or metric, or the picture cannot be written.
     """
     runs = load_runs(paths, option="RUN")
+    # As the log has them.
+    metrics = tuple(name.removeprefix("eval_") for name in metrics)
     if not runs:
         raise ValueError("Name a RUN: a folder that a trainer wrote to, or a trainer_state.json.")
     notes = [note for run in runs if (note := ends_before_its_run(run)) is not None]

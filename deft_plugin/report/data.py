@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,11 +62,28 @@ def load_splits(
     except StopIteration:  # A JSON file without a line.
         raise ValueError(f"{option} {name!r} has no rows.") from None
     except (OSError, ValueError, EOFError, ImportError, DatasetsError) as error:
+        if isinstance(error, DatasetsError) and (line := broken_line(path)) is not None:
+            raise ValueError(f"{option} {name!r} cannot be loaded: {line}.") from None
         # Of a file that is damaged, the cause alone says where.
         reason = textwrap.shorten(str(error.__cause__ or error), 300).rstrip(".")
         raise ValueError(
             f"{option} {name!r} cannot be loaded: {reason}. Choices: {choices}."
         ) from None
+
+
+def broken_line(path: Path) -> str | None:
+    """The first line that is no JSON in a .jsonl file, or in those of a folder; None without one."""
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        if file.suffix != ".jsonl" or not file.is_file():
+            continue
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    if line.strip():
+                        json.loads(line)
+                except ValueError as error:
+                    return f"{file}, line {number} is no JSON: {error}"
+    return None
 
 
 def split_of(splits: DatasetDict, split: str, name: str, *, option: str = "--split") -> Dataset:

@@ -24,7 +24,6 @@ COMPARED = {
     "nll": ("Negative log-likelihood", "nats per token"),
     "mean_token_accuracy": ("Token accuracy", "share of first choices"),
     "mean_target_probability": ("Probability of the target", "mean over tokens"),
-    "mean_focus": ("Focus", "mean exponent"),
     "mean_gate": ("Gate", "mean over tokens"),
     "closed_gate_share": ("Closed gates", "share of gates below 0.1"),
 }
@@ -34,6 +33,8 @@ _NOT_COMPARED = (
     "objective_loss",
     "perplexity",
     "entropy",
+    # Of each objective's own exponent.
+    "mean_focus",
     "runtime",
     "samples_per_second",
     "steps_per_second",

@@ -123,6 +123,7 @@ def test_where_nothing_can_be_measured_the_status_is_one(benchmark: Benchmark) -
         (["--vocab", "128"], "Name a MODEL, or its sizes"),
         (["none"], "MODEL 'none' is neither a model's folder nor a model on the hub"),
         (["none", "--only", OURS, "--all"], "--only and --all are given. Leave one of them out."),
+        (["--vocab", 8, "--hidden", 8, "--output", __file__], "is a file; it must be a folder"),
         (["none", "--only", "deft"], "--only 'deft' is unknown. Choices: 'formula on full logits'"),
         (["none", "--head", "tied"], "--head 'tied' is unknown. Choices: 'both', 'trainable', 'frozen'"),
         (["none", "--dtype", "int8"], "--dtype 'int8' is unknown. Choices: 'float32'"),

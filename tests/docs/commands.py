@@ -59,10 +59,10 @@ RUN_BY: dict[str, RunBy] = {
     'pip install ".[qlora,report]"': Target("$(TRL)/.ready"),
     'pip install -c constraints/trl.txt -e ".[qlora]"': Target("$(TRL)/.ready"),
     'pip install -c constraints/trl.txt -e ".[qlora,vision]"': Target("$(TRL)/.ready"),
-    "deft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data --use_peft --learning_rate 2e-4 "
-    "--eval_strategy epoch --loss_type deft --output_dir runs/deft": Test("test_deft_against_nll"),
-    "deft sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name data --use_peft --learning_rate 2e-4 "
-    "--eval_strategy epoch --loss_type alpha --loss_kwargs '{\"a\": 0}' --output_dir runs/nll": Test("test_deft_against_nll"),
+    "deft sft --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name data --use_peft --lora_target_modules all-linear "
+    "--learning_rate 2e-4 --eval_strategy epoch --eval_on_start true --loss_type deft --output_dir runs/deft": Test("test_deft_against_nll"),
+    "deft sft --model_name_or_path Qwen/Qwen3-0.6B-Base --dataset_name data --use_peft --lora_target_modules all-linear "
+    "--learning_rate 2e-4 --eval_strategy epoch --eval_on_start true --loss_type alpha --loss_kwargs '{\"a\": 0}' --output_dir runs/nll": Test("test_deft_against_nll"),
     "deft plot runs/nll runs/deft": Test("test_deft_against_nll"),
     "deft plot out": Test("test_deft_against_nll"),
     "deft report MODEL --data data/train.jsonl": Test("test_data_in_a_file_or_a_folder"),
@@ -74,7 +74,7 @@ RUN_BY: dict[str, RunBy] = {
     "deft doctor run.yaml": Test("test_a_trl_file_with_an_objective_is_fine"),
     "deft objectives": Test("test_list_of_objectives"),
     "deft sft --config run.yaml": Test("test_yaml_and_a_flag_over_it_as_accelerate_launch_runs_them"),
-    "python scripts/train.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara --learning-rate 2e-4 "
+    "python scripts/train.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --learning-rate 2e-4 "
     "--batch-size 4 --accumulation 8 --max-length 1024": TESTED_AS_TRAINING,
     "scripts/train.py --loss-type ... --seed ...": SETTINGS,
     # Names of commands
@@ -159,7 +159,7 @@ RUN_BY: dict[str, RunBy] = {
     "python scripts/study.py real": STUDY,
     "python scripts/study.py tables": Test("test_the_docs_say_what_the_results_files_say"),
     "python scripts/study.py real --all-objectives --seeds 5 --output runs/study/smollm2.csv": HOURS,
-    "python scripts/study.py real --all-objectives --seeds 5 --model Qwen/Qwen3-0.6B --train-rows 1500 "
+    "python scripts/study.py real --all-objectives --seeds 5 --model Qwen/Qwen3-0.6B-Base --train-rows 1500 "
     "--output runs/study/qwen3.csv": A_GPU,
     # The paper's experiments
     'pip install -c constraints/trl.txt -e ".[paper,deepspeed]"': Target("$(TRL)/.ready"),

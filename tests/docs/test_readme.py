@@ -23,7 +23,7 @@ from tests.docs.pages import ROOT, blocks, commands
 from tests.tiny import tiny_model, tiny_tokenizer
 
 README = ROOT / "README.md"
-MODEL = "Qwen/Qwen3-0.6B"
+MODEL = "Qwen/Qwen3-0.6B-Base"
 # What the README says to add without a GPU, and as few steps as will do.
 ON_A_CPU = "use_cpu=True, bf16=False"
 FLAGS_ON_A_CPU = "--use_cpu true --bf16 false"
@@ -115,7 +115,7 @@ def test_the_quickstarts_file_without_a_gpu(
     Path("run.yaml").write_text(run_yaml + on_a_cpu)
     run("deft doctor run.yaml")
     printed = capsys.readouterr().out
-    assert "trains with CayleyTrans(floor_coefficient=0.3, scope='ema'" in printed
+    assert "trains with DEFT()" in printed
     run(
         "deft sft --config run.yaml --max_steps 2 --logging_steps 1 --save_steps 2 --report_to none"
     )

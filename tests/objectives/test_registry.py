@@ -37,8 +37,8 @@ def test_an_unknown_name_is_answered_with_the_closest_and_all_valid_ones() -> No
     assert all(name in str(error.value) for name in deft_plugin.objective_names())
 
 
-@pytest.mark.parametrize("name", ["DEFT", "Deft"])
-def test_a_name_in_another_case_is_answered_with_the_right_one(name: str) -> None:
+@pytest.mark.parametrize("name", ["DEFT", "Deft", "dfet"])
+def test_a_name_in_another_case_or_order_is_answered_with_the_right_one(name: str) -> None:
     with pytest.raises(ValueError, match=f"Unknown objective {name!r}. Did you mean 'deft'"):
         build_objective(name)
 

@@ -78,7 +78,7 @@ def test_several_runs_are_compared_and_never_by_their_losses(
     assert "answer_accuracy" in out
     assert "0.750" in out
     (figure,) = drawn
-    assert len(figure.axes) == 6
+    assert len(figure.axes) == 5
     for axis in figure.axes:
         assert "oss" not in axis.get_title(loc="left")
         for line in axis.get_lines():

@@ -36,7 +36,7 @@ def test_runs_are_compared_by_nll_and_never_by_their_losses(tmp_path: Path) -> N
     assert (line.nll_first, line.nll_best, line.nll_last) == (3.0, 1.0, 2.0)
     assert not any("loss" in name for name in (*line.last, *line.task))
     assert 100.0 not in (*line.last.values(), *line.task.values())
-    assert line.last["mean_focus"] == pytest.approx(0.5)
+    assert line.last["mean_gate"] == pytest.approx(0.6)
     assert "mean_gate" in compared_metrics([run])
 
 

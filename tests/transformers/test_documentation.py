@@ -25,7 +25,7 @@ def test_the_script_trains_and_keeps_the_best(
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     script: Any = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(script[1].replace("Qwen/Qwen3-0.6B", "model"), names)
+    exec(script[1].replace("Qwen/Qwen3-0.6B-Base", "model"), names)
     values = logged(names["trainer"], "eval_nll")
     assert len(values) == 3
     assert names["trainer"].state.best_metric == min(values)

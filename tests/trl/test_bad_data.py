@@ -149,6 +149,14 @@ def test_nan_in_the_lm_head_and_in_prompt_tuning(tmp_path: Path) -> None:
     refused(tmp_path, make_rows(4), "prompt_encoder.*has 1 NaN", model=tuned)
 
 
+def test_a_tokenizer_without_tokens(tmp_path: Path) -> None:
+    """A model's folder without the tokenizer's files, of which transformers makes an empty one."""
+    qwen3().save_pretrained(tmp_path / "model")
+    message = r"none but special ones: the model's folder lacks the tokenizer's files"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(config(tmp_path), pairs(), str(tmp_path / "model"), processing_class=None)
+
+
 def test_padding_outside_the_vocabulary(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<new{index}>" for index in range(60)])

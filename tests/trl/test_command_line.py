@@ -168,7 +168,7 @@ GOOD = '{"prompt": "So?", "completion": " No"}\n'
 @pytest.mark.parametrize(
     ("files", "own", "message"),
     [
-        ({"train": GOOD + '{"prompt": "Wh'}, {}, "--dataset_name {data!r} cannot be read: "),
+        ({"train": GOOD + '{"prompt": "Wh'}, {}, "--dataset_name {data!r} cannot be read: {data}/train.jsonl, line 2 is no JSON"),
         ({"train": '{"question": "So?"}'}, {}, "train_dataset has the columns question. Needed are"),
         ({"train": ""}, {}, "--dataset_name {data!r} cannot be read: a file has no rows"),
         ({"train": GOOD}, {"eval_strategy": "steps"}, "has no split 'test'. Add it (test.jsonl in a folder)"),
