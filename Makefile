@@ -81,7 +81,7 @@ docs: $(DOCS)/.ready
 
 environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
 
-# What is imported is compiled then: a third of all that is installed.
+# What is imported is compiled then.
 INSTALL = $(@D)/bin/python -m pip install -q --no-compile
 
 $(TRL)/.ready: pyproject.toml constraints/trl.txt

@@ -298,7 +298,7 @@ def test_a_model_that_is_certain_of_everything(
         (["{model}", "--data", "{data}", "--output", "{data}"], "--output '{data}' is no folder to write to"),
         (["{model}", "--data", "empty.jsonl"], "--data 'empty.jsonl' has no rows"),
         (["{model}", "--data", "zipped.jsonl"], "--data 'zipped.jsonl' cannot be loaded"),
-        (["{model}", "--data", "torn.jsonl"], "--data 'torn.jsonl' cannot be loaded: JSON parse error"),
+        (["{model}", "--data", "torn.jsonl"], "--data 'torn.jsonl' cannot be loaded: torn.jsonl, line"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_told_in_one_line(
