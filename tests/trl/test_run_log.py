@@ -173,7 +173,7 @@ def seven(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         {"compute_loss_func": seven},
         {"label_smoothing_factor": 0.5},
     ],
-    ids=str,
+    ids=lambda arguments: next(iter(arguments)),
 )
 def test_a_loss_of_ones_own_is_not_called_nll(tmp_path: Path, arguments: dict[str, Any]) -> None:
     smoothing = {
