@@ -28,9 +28,6 @@ from .telemetry import TRAINING, Telemetry
 
 logger = logging.getLogger("deft_plugin")
 
-# A share of the tokens.
-_MANY_CLOSED = 0.25
-
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -137,7 +134,6 @@ class GatedTraining(TrainerCallback):
         self._telemetry = Telemetry(trainer) if writes_histograms else None
         # The data sets whose next batch is the first.
         self._at_beginning = {"train_dataset", "eval_dataset"}
-        self._is_first_log = True
         trainer.add_callback(self)
 
     def retire(self, trainer: Any) -> None:
@@ -221,23 +217,8 @@ class GatedTraining(TrainerCallback):
             device: for the sums over ranks.
         """
         if "loss" in logs or "train_runtime" in logs:
-            means = self._means_of(self._train, device, "Since the last log", TRAINING)
-            logs.update(means)
+            logs.update(self._means_of(self._train, device, "Since the last log", TRAINING))
             self._train.reset()
-            self._warn_of_closed_gates(means)
-
-    def _warn_of_closed_gates(self, means: Mapping[str, float]) -> None:
-        """Say once, of the first log, that much of the data would hardly be learnt."""
-        first, self._is_first_log = self._is_first_log, False
-        share = means.get("closed_gate_share", 0.0)
-        if first and share >= _MANY_CLOSED and self._writes_log:
-            logger.warning(
-                "%.0f %% of the first tokens have a gate below 0.1: the model is settled on something else than the data, "
-                "and objective %r hardly trains on them. `deft report MODEL --data DATA` shows which they are; 'nll' trains on "
-                "all.",
-                100 * share,
-                self.head.objective.name,
-            )
 
     @contextmanager
     def evaluating(self, loader: Any) -> Iterator[None]:

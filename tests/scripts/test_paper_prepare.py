@@ -161,7 +161,10 @@ def test_an_interruption_leaves_no_half_file(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_and_a_damaged_one_are_told(tmp_path: Path) -> None:
-    for content, message in (("", "has no rows"), ('{"problem": ', "JSON parse error")):
+    for content, message in (
+        ("", "has no rows"),
+        ('{"problem": ', "rows.jsonl, line 1 is no JSON"),
+    ):
         (tmp_path / "rows.jsonl").write_text(content)
         result = run("math", "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path))
         assert result.exit_code == 2

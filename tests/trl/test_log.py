@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -342,15 +341,3 @@ def test_callbacks_and_checkpoints_see_the_loss_type_that_was_asked_for(tmp_path
     saved = torch.load(tmp_path / "checkpoint-1" / "training_args.bin", weights_only=False)
     assert saved.loss_type == "deft"
     assert (tmp_path / "README.md").exists()
-
-
-@pytest.mark.parametrize("loss_type", ["p", "nll"])
-def test_many_closed_gates_are_told_once_of_the_first_log(
-    tmp_path: Path, loss_type: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A random model believes in none of the targets, so that nearly all gates of p are closed."""
-    settings = {"loss_type": "alpha", "loss_kwargs": {"a": 0.0 if loss_type == "nll" else 1.0}}
-    make_trainer(config(tmp_path, max_steps=2, **settings), make_rows(8)).train()
-    told = [r.getMessage() for r in caplog.records if "have a gate below 0.1" in r.getMessage()]
-    assert len(told) == (1 if loss_type == "p" else 0)
-    assert all(re.match(r"\d+ % of the first tokens", line) for line in told)

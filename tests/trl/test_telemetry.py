@@ -209,4 +209,9 @@ def test_no_reporter_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     make_trainer(asked_for(tmp_path / "run"), make_rows(4)).train()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {FILE_NAME, "README.md"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {
+        FILE_NAME,
+        "README.md",
+        "objective.json",
+        "trainer_state.json",
+    }
