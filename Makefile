@@ -40,7 +40,7 @@ test-trl: $(TRL)/.ready dist
 ONE_LINE := benchmark docs objectives ops packaging plot scripts
 test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
 	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow or axolotl" tests/axolotl tests/ops/test_triton.py \
-		$(filter-out $(ONE_LINE:%=tests/%/) tests/axolotl/,$(wildcard tests/*/ tests/test_*.py))
+		$(filter-out $(patsubst %,tests/%/,axolotl __pycache__ $(ONE_LINE)),$(wildcard tests/*/ tests/test_*.py))
 
 test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl tests/transformers
