@@ -65,6 +65,11 @@ def _why_none(name: str, error: Exception) -> str:
         offline = "may not be asked (HF_HUB_OFFLINE is set)"
         state = offline if constants.HF_HUB_OFFLINE else "cannot be reached"
         return f"it was not downloaded before, and the hub {state}"
+    # Of older versions of transformers, without the cause.
+    if str(error).startswith("Can't load the configuration"):
+        return (
+            "it was not downloaded before, and the hub cannot be reached or has none of that name"
+        )
     return _shortened(error)
 
 

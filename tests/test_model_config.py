@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -112,8 +113,10 @@ def test_a_hub_that_cannot_be_reached(
     hub.server_close()
     # The hub's client tries again and again.
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    assert "it was not downloaded before, and the hub cannot be reached. Exp" in message(
-        "owner/none"
+    # Of older versions of transformers the second half too.
+    assert re.search(
+        r"it was not downloaded before, and the hub cannot be reached( or has none of that name)?\. Exp",
+        message("owner/none"),
     )
 
 

@@ -20,13 +20,6 @@ os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 collect_ignore_glob = [] if find_spec("axolotl") else ["test_*.py"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of this folder; pytest gives all of a run's."""
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker("axolotl")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _imports_are_not_garbage() -> Iterator[None]:
     """Axolotl collects garbage four times a run, and spends it on what its imports left behind."""
