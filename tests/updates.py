@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from .ops.formulas import formula_losses
 from .tiny import tiny_model
@@ -91,3 +91,14 @@ def assert_same_update(actual: Update, expected: Update, tolerance: float) -> No
 def logged(trainer: Any, name: str) -> list[float]:
     """The values of `name` in the trainer's log, in order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+class StopAtStep(TrainerCallback):
+    """Ends a training between two checkpoints."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt

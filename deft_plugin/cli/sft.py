@@ -120,7 +120,8 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if any(frame.f_code.co_name == _TRAINING for frame in frames):
         return None
-    raiser = str(frames[-1].f_globals.get("__name__"))
+    modules = [str(frame.f_globals.get("__name__")) for frame in frames]
+    raiser = modules[-1]
     if isinstance(error, StopIteration) and raiser.startswith("datasets."):
         return f"{arguments.data} cannot be read: a file has no rows."
     if isinstance(error, DatasetsError) and not isinstance(error, OSError):
@@ -135,7 +136,12 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
         return str(error)
     if not isinstance(error, ValueError | OSError | ImportError) or not raiser.startswith(_WRITTEN):
         return None
-    return _why_no_model(error, arguments) or _why_no_data(error, arguments) or str(error)
+    while_loading_data = any(module.startswith("datasets.") for module in modules)
+    return (
+        _why_no_model(error, arguments)
+        or (_why_no_data(error, arguments) if while_loading_data else None)
+        or str(error)
+    )
 
 
 def _without_split(split: object, arguments: Arguments) -> str | None:
@@ -172,14 +178,7 @@ def _why_no_data(error: Exception, arguments: Arguments) -> str | None:
     name = arguments.script.dataset_name
     if arguments.mixture.datasets or not isinstance(error, OSError) or Path(name).is_dir():
         return None
-    if not _module_in(error, "datasets."):
-        return None
     return f"{arguments.data}: there is no such folder here, and from the hub it cannot be had: {error}."
-
-
-def _module_in(error: Exception, package: str) -> bool:
-    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    return any(str(frame.f_globals.get("__name__")).startswith(package) for frame in frames)
 
 
 def _innermost(error: BaseException) -> str:

@@ -276,12 +276,12 @@ def _state_of(path: Path, option: str) -> Path:
     ]
     newest = max(checkpoints, key=_step_of, default=None)
     if whole.is_file():
-        # A trainer that keeps no log in the folder may have gone on from where the log ends.
-        if newest is None or _step_of(newest) <= _steps_of(_json(whole, option), whole, option):
+        # Older checkpoints are the log's run's, or left by one before it.
+        if newest is None or (newest / STATE).stat().st_mtime <= whole.stat().st_mtime:
             return whole
-        # Or a run that began anew has left an older one's checkpoints.
-        is_older = (newest / STATE).stat().st_mtime <= whole.stat().st_mtime
-        return whole if is_older else newest / STATE
+        # A trainer that keeps no log in the folder may have gone on from where the log ends.
+        has_gone_on = _step_of(newest) > _steps_of(_json(whole, option), whole, option)
+        return newest / STATE if has_gone_on else whole
     if newest is None:
         inside = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
         raise ValueError(

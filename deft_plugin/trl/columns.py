@@ -14,6 +14,11 @@ from datasets import Dataset, IterableDataset
 from ..checks import data_sets_of
 
 Row = Mapping[str, Any]
+# Columns of messages: the keys by which TRL knows them, and what they are to have.
+_CONVERSATIONS = {
+    "messages": (("role",), "role and content"),
+    "conversations": (("from", "value"), "from and value"),
+}
 
 
 def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
@@ -53,18 +58,14 @@ def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
         for column in ("prompt", "completion"):
             _check_value(name, column, row[column])
         return ("prompt", "completion")
-    conversations: dict[str, tuple[str, ...]] = {
-        "messages": ("role",),
-        "conversations": ("from", "value"),
-    }
-    for column, keys in conversations.items():
+    for column, (keys, _) in _CONVERSATIONS.items():
         if _is_conversation(row.get(column), *keys):
             # Rows without messages are then plain text.
             return () if text_field in row else (column,)
     if text_field in row:
         _check_value(name, text_field, row[text_field], or_messages=False)
         return (text_field,)
-    for column, needed in (("messages", "role and content"), ("conversations", "from and value")):
+    for column, (_, needed) in _CONVERSATIONS.items():
         if row.get(column) is not None:
             raise ValueError(
                 f"{name}: the column {column} holds {_kind(row[column])}, and a list of messages with {needed} is needed."

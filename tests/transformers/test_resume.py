@@ -7,21 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from tests.transformers.running import arguments, make_trainer
-from tests.updates import Update, make_rows, update_of
-
-
-class StopAtStep(TrainerCallback):
-    """Ends a training between two checkpoints."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+from tests.updates import StopAtStep, Update, make_rows, update_of
 
 
 def a_run(output_dir: Path, loss: dict[str, Any], **others: Any) -> Any:

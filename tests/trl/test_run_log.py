@@ -16,18 +16,7 @@ from deft_plugin.report.runs import load_run
 from deft_plugin.trl import SFTTrainer
 from tests.transformers import running as transformers_running
 from tests.trl.running import as_dataset, config, make_trainer
-from tests.updates import make_rows
-
-
-class Interrupt(TrainerCallback):
-    """Ends a training as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
+from tests.updates import StopAtStep, make_rows
 
 
 def a_trainer(folder: Path, **arguments: Any) -> SFTTrainer:
@@ -81,7 +70,7 @@ def test_transformers_own_trainer_keeps_it_too(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_anew_leaves_no_old_log(tmp_path: Path) -> None:
     a_trainer(tmp_path, loss_type="deft").train()
-    trainer = a_trainer(tmp_path, loss_type="nll", callbacks=[Interrupt(1)])
+    trainer = a_trainer(tmp_path, loss_type="nll", callbacks=[StopAtStep(2)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     run = load_run(str(tmp_path))
