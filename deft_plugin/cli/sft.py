@@ -125,11 +125,7 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     if isinstance(error, StopIteration) and raiser.startswith("datasets."):
         return f"{arguments.data} cannot be read: a file has no rows."
     if isinstance(error, DatasetsError) and not isinstance(error, OSError):
-        from ..report.data import broken_line
-
-        folder = None if arguments.mixture.datasets else Path(arguments.script.dataset_name)
-        reason = (broken_line(folder) if folder else None) or _innermost(error)
-        return f"{arguments.data} cannot be read: {reason}."
+        return _why_unread(arguments) or f"{arguments.data} cannot be read: {_innermost(error)}."
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
         return _without_split(error.args[0], arguments)
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
@@ -174,11 +170,21 @@ def _why_no_model(error: Exception, arguments: Arguments) -> str | None:
 
 
 def _why_no_data(error: Exception, arguments: Arguments) -> str | None:
-    """What is wrong with the name of the data, where they could not be found."""
+    """What is wrong with the name of the data, where they could not be found, or with a file, where it could not be read."""
     name = arguments.script.dataset_name
-    if arguments.mixture.datasets or not isinstance(error, OSError) or Path(name).is_dir():
+    if not isinstance(error, OSError):
+        return _why_unread(arguments)
+    if arguments.mixture.datasets or Path(name).is_dir():
         return None
     return f"{arguments.data}: there is no such folder here, and from the hub it cannot be had: {error}."
+
+
+def _why_unread(arguments: Arguments) -> str | None:
+    """The line of a folder's files that is no JSON, where there is one; before 4.8, datasets says less of it."""
+    from ..report.data import broken_line
+
+    line = None if arguments.mixture.datasets else broken_line(Path(arguments.script.dataset_name))
+    return f"{arguments.data} cannot be read: {line}." if line else None
 
 
 def _innermost(error: BaseException) -> str:
