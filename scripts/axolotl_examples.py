@@ -12,11 +12,13 @@ NeMo Gym plugin clones a repository into it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +68,11 @@ def judge(directory: Path) -> list[Verdict]:
     working_directory = Path.cwd()
     os.chdir(directory.parent)
     try:
-        with tempfile.TemporaryDirectory() as home, mock.patch.dict(os.environ, {"HOME": home}):
+        with (
+            tempfile.TemporaryDirectory() as home,
+            mock.patch.dict(os.environ, {"HOME": home}),
+            schemas_built_once(),
+        ):
             found = (_judge_file(path) for path in sorted(directory.rglob("*.y*ml")))
             return [verdict for verdict in found if verdict is not None]
     finally:
@@ -96,6 +102,28 @@ def _judge_file(path: Path) -> Verdict | None:
 def _validated(values: dict[str, Any]) -> tuple[Any, list[str]]:
     with quiet():
         return validate_as_axolotl(values, MACHINE)
+
+
+@contextlib.contextmanager
+def schemas_built_once() -> Iterator[None]:
+    """Axolotl builds its schema several times a file, a quarter of a second each; that of the same plugins is the same."""
+    from axolotl.integrations import config
+    from axolotl.integrations.base import PluginManager
+
+    build = config.merge_input_args
+
+    @functools.cache
+    def built(_: tuple[str, ...]) -> Any:
+        return build()
+
+    def merge_input_args() -> Any:
+        return built(tuple(PluginManager.get_instance().get_input_args()))
+
+    users = ("axolotl.integrations.config", "axolotl.utils.config", "deft_plugin.axolotl.adjustments")
+    with contextlib.ExitStack() as patches:
+        for module in users:
+            patches.enter_context(mock.patch(f"{module}.merge_input_args", merge_input_args))
+        yield
 
 
 def share_accepted(verdicts: Iterable[Verdict]) -> float:

@@ -30,6 +30,15 @@ def _imports_are_not_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _schemas_are_built_once() -> Iterator[None]:
+    """What most of a validation's time goes into."""
+    from axolotl_examples import schemas_built_once
+
+    with schemas_built_once():
+        yield
+
+
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 with a tokenizer, as `base_model:` names it."""

@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "axolotl.md"
 
 @pytest.fixture(scope="module")
 def verdicts() -> list[Verdict]:
-    # A minute and a half. make fetches them; without them there is nothing to test, and that is no success.
+    # make fetches them; without them there is nothing to test, and that is no success.
     return judge(examples_of_axolotl())
 
 
