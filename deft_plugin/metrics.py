@@ -147,7 +147,7 @@ class TokenMetrics:
             "mean_focus": focus,
             "mean_gate": gate,
             "closed_gate_share": closed,
-            "scored_tokens": count,
+            "scored_tokens": round(count),
         }
         # Of the passes that had gradients.
         if multiplied:

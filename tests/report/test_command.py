@@ -161,6 +161,7 @@ def test_runs_alone_need_no_model(tmp_path: Path, run: Run) -> None:
     assert "<h1>Runs compared</h1>" in page
     assert "_b&lt;i&gt;" in page
     assert "<i>" not in page
+    assert page.count('<td class="number">1,234</td>') == 2
     assert "deft report MODEL --data DATA" in page
 
 
