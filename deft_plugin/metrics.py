@@ -21,6 +21,7 @@ METRICS = {
     "mean_focus": "mean exponent a (objectives of the deformed-log family)",
     "mean_gate": "mean factor on a token's gradient",
     "closed_gate_share": f"share of tokens with a gate below {CLOSED_GATE}",
+    "scored_tokens": "tokens that the means are over",
 }
 # Only with `skip_below`.
 SKIPPING_METRICS = {
@@ -43,7 +44,6 @@ class TokenMetrics:
     """Sums over tokens since the last `reset`. Adding a micro-batch does not synchronise the device.
 
     Args:
-        of_parts: whether forward passes are of parts of sequences, some of which have no token to score.
         histograms: whether to count tokens for them too.
 
     Attributes:
@@ -51,11 +51,10 @@ class TokenMetrics:
         histograms: of that window on all ranks, by name; without those that it has no token for.
     """
 
-    def __init__(self, of_parts: bool = False, histograms: bool = False) -> None:
+    def __init__(self, histograms: bool = False) -> None:
         self.troubles: list[str] = []
         self.histograms: dict[str, Histogram] = {}
         self._edges = upper_edges() if histograms else None
-        self._of_parts = of_parts
         self._sums: Tensor | None = None
         self._has_focus = True
         self._has_entropy = True
@@ -101,16 +100,24 @@ class TokenMetrics:
             sums = torch.cat((sums, count_up_to(self._edges, gated, rows, dtype)))
         self._sums = sums if self._sums is None else self._sums + sums.to(self._sums.device)
 
-    def means(self, device: torch.device | str = "cpu") -> dict[str, float]:
+    def means(
+        self, device: torch.device | str = "cpu", *, of_parts: bool = False, copies: int = 1
+    ) -> dict[str, float]:
         """Means over the window on all ranks, by the names in `METRICS` and `SKIPPING_METRICS`; {} without any token.
 
         Collective when torch.distributed is initialised: every rank has to call it.
+
+        Args:
+            device: for the sums over ranks.
+            of_parts: whether forward passes were of parts of sequences, some of which have no token to score.
+            copies: how many ranks have added each token.
         """
         size = _SUMS if self._edges is None else _SUMS + SIZE
         sums = torch.zeros(size, dtype=torch.float64) if self._sums is None else self._sums
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = sums.to(device)
             torch.distributed.all_reduce(sums)
+            sums /= copies
         values = sums.tolist()
         count, *totals, not_finite, passes, empty_passes = values[:_SUMS]
         self.histograms = histograms_of(values[_SUMS:])
@@ -119,7 +126,7 @@ class TokenMetrics:
             self.troubles.append(
                 f"{not_finite:,.0f} of {count:,.0f} scored tokens have no finite loss"
             )
-        if empty_passes and not self._of_parts:
+        if empty_passes and not of_parts:
             self.troubles.append(
                 f"{empty_passes:,.0f} of {passes:,.0f} forward passes scored no token"
             )
@@ -140,6 +147,7 @@ class TokenMetrics:
             "mean_focus": focus,
             "mean_gate": gate,
             "closed_gate_share": closed,
+            "scored_tokens": round(count),
         }
         # Of the passes that had gradients.
         if multiplied:

@@ -50,6 +50,17 @@ def splits_sequences(trainer: Any) -> bool:
     return parallelism is not None and max(parallelism.cp_size, parallelism.sp_size) > 1
 
 
+def ranks_of_a_token(trainer: Any, of_parts: bool) -> int:
+    """How many ranks score each token: those that share its matrices, or its sequence where each has the whole.
+
+    Args:
+        trainer: transformers'.
+        of_parts: whether a rank's forward passes are of parts of sequences.
+    """
+    size: int = trainer.get_tp_size()
+    return size if of_parts else size * trainer.get_cp_size()
+
+
 def check_loader(trainer: Any) -> None:
     """Raise `ValueError` where ranks that share a sequence are not given the same rows to cut."""
     parallelism = _parallelism_of(trainer)

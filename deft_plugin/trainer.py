@@ -144,7 +144,9 @@ class GatedTrainerMixin(Trainer):
         gating, labels = self.gating, inputs.get("labels")
         if gating is None or labels is None:
             return predict(inputs, prediction_loss_only)
-        scoring = gating.scoring(training=False, rows=own_rows(self, labels), batch=inputs)
+        scoring = gating.scoring(
+            training=False, rows=own_rows(self, labels), length=labels.size(1), batch=inputs
+        )
         if prediction_loss_only or self._predicts_logits:
             with scoring:
                 return predict(inputs, prediction_loss_only)
@@ -176,14 +178,14 @@ class GatedTrainerMixin(Trainer):
             return evaluate()
         with gating.evaluating(dataloader):
             output = evaluate()
-        means = gating.eval_means(metric_key_prefix, self.args.device)
+        means = gating.eval_means(self, metric_key_prefix)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._gating is not None:
-            self._gating.add_means(logs, self.args.device)
+            self._gating.add_means(self, logs)
         super().log(logs, *args, **kwargs)
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -22,7 +21,7 @@ from .metrics import TokenMetrics
 from .objectives import Objective, build_objective
 from .objectives.registry import UnknownParameterError
 from .ops import CoreSettings, GatedLoss, split_settings
-from .parallelism import check_loader, splits_sequences
+from .parallelism import check_loader, ranks_of_a_token, splits_sequences
 from .step_mean import StepMean
 from .telemetry import TRAINING, Telemetry
 
@@ -128,8 +127,10 @@ class GatedTraining(TrainerCallback):
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:
             trainer.add_callback(self.step_mean)
-        self._train = TokenMetrics(splits_sequences(trainer), settings.histograms)
-        self._eval = TokenMetrics(histograms=settings.histograms)
+        self._train = TokenMetrics(settings.histograms)
+        self._eval = TokenMetrics(settings.histograms)
+        # Some trainers leave sequences whole in evaluations: TRL's, and Axolotl's where nothing is trained.
+        self._eval_is_of_parts = False
         writes_histograms = settings.histograms and self._writes_log
         self._telemetry = Telemetry(trainer) if writes_histograms else None
         # The data sets whose next batch is the first.
@@ -144,13 +145,18 @@ class GatedTraining(TrainerCallback):
 
     @contextmanager
     def scoring(
-        self, training: bool, rows: int | None = None, batch: Mapping[str, Any] | None = None
+        self,
+        training: bool,
+        rows: int | None = None,
+        length: int = 0,
+        batch: Mapping[str, Any] | None = None,
     ) -> Iterator[None]:
         """Take the metrics of the loss that is computed in this context.
 
         Args:
             training: whether they belong to the logging window or to the running evaluation.
             rows: how many of the batch's rows to count, by default all.
+            length: of an evaluation's sequences, before the trainer may cut them into parts.
             batch: what the model is given, to look at the first one of a training and of an evaluation.
 
         Raises:
@@ -168,6 +174,8 @@ class GatedTraining(TrainerCallback):
             nonlocal forwards
             forwards += 1
             metrics.add(gated, rows)
+            if not training and gated.mask.size(1) < length - 1:
+                self._eval_is_of_parts = True
             if training and self.step_mean is not None:
                 self.step_mean.observe(gated)
 
@@ -208,35 +216,40 @@ class GatedTraining(TrainerCallback):
         if self.step_mean is not None and batches:
             self.step_mean.begin_step(trainer, batches)
 
-    def add_means(self, logs: dict[str, float], device: torch.device | str) -> None:
+    def add_means(self, trainer: Any, logs: dict[str, float]) -> None:
         """Add the means over the logging window on all ranks, which ends here, to a training's log. Collective.
 
         Args:
+            trainer: whose log it is.
             logs: as `Trainer.log` is given them. Trainer's own are those of steps, which have a loss, and the one
                 at a training's end, which gets what came after the last of them. Every rank writes these.
-            device: for the sums over ranks.
         """
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._means_of(self._train, device, "Since the last log", TRAINING))
+            of_parts = splits_sequences(trainer)
+            when = "Since the last log"
+            logs.update(self._means_of(self._train, trainer, of_parts, when, TRAINING))
             self._train.reset()
 
     @contextmanager
     def evaluating(self, loader: Any) -> Iterator[None]:
         """Take the metrics of the evaluation that runs in this context, over the batches of `loader`."""
         self._eval.reset()
+        self._eval_is_of_parts = False
         self._at_beginning.add("eval_dataset")
         with evaluation_rows.countable(loader):
             yield
 
-    def eval_means(self, prefix: str, device: torch.device | str) -> dict[str, float]:
+    def eval_means(self, trainer: Any, prefix: str) -> dict[str, float]:
         """Means over the evaluation on all ranks, whose metrics have this prefix. Collective."""
-        return self._means_of(self._eval, device, "In this evaluation", prefix)
+        of_parts = self._eval_is_of_parts
+        return self._means_of(self._eval, trainer, of_parts, "In this evaluation", prefix)
 
     def _means_of(
-        self, metrics: TokenMetrics, device: torch.device | str, when: str, split: str
+        self, metrics: TokenMetrics, trainer: Any, of_parts: bool, when: str, split: str
     ) -> dict[str, float]:
         """The means of a window, whose histograms are written, and of whose troubles is told."""
-        means = metrics.means(device)
+        copies = ranks_of_a_token(trainer, of_parts)
+        means = metrics.means(trainer.args.device, of_parts=of_parts, copies=copies)
         if self._telemetry is not None:
             self._telemetry.write(split, metrics.histograms)
         if self._writes_log:

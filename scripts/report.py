@@ -70,7 +70,10 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float], title
     table.add_column("after", justify="right")
     for name, value in before.items():
         style = "bold" if name in ("answer_accuracy", "nll") else None
-        table.add_row(name.replace("_", " "), f"{value:.4f}", f"{after[name]:.4f}", style=style)
+        figures = (
+            f"{each:,}" if isinstance(each, int) else f"{each:.4f}" for each in (value, after[name])
+        )
+        table.add_row(name.replace("_", " "), *figures, style=style)
     return table
 
 

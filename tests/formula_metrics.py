@@ -47,6 +47,7 @@ def formula_metrics(logits: Tensor, targets: Tensor, name: str) -> dict[str, flo
     p, gates = values["target_probability"], values["gate"]
     nll = -p.log().mean()
     metrics = {
+        "scored_tokens": targets.new_tensor(len(targets)),
         "objective_loss": formula_losses(logits, targets, name).mean(),
         "nll": nll,
         "perplexity": nll.exp(),

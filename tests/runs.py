@@ -22,8 +22,10 @@ def write_run(
             "mean_focus": 0.3 + 0.1 * index,
             "mean_gate": 0.6,
             "closed_gate_share": 0.1,
+            "scored_tokens": 200,
         }
         held_out = {f"eval_{name}": number for name, number in metrics.items()}
+        held_out["eval_scored_tokens"] = 1234
         history += [
             {"step": 10 * index, "loss": 100.0, "objective_loss": 100.0, **metrics},
             {"step": 10 * index, "eval_loss": 100.0, "eval_runtime": 3.0, **held_out, **more},

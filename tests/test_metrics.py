@@ -133,6 +133,11 @@ def _add_own_batches(rank: int, store: str) -> None:
         metrics.add(score(*batches[0][0]))
     expected = formula_metrics(*valid_tokens(batches[0][0]), "deft")
     assert metrics.means() == pytest.approx(expected, abs=1e-9)
+    # Tokens that both ranks score count once.
+    metrics = TokenMetrics(histograms=True)
+    metrics.add(score(*batches[0][0]))
+    assert metrics.means(copies=2) == pytest.approx(expected, abs=1e-9)
+    assert metrics.histograms["gate"].total == expected["scored_tokens"]
     torch.distributed.destroy_process_group()
 
 

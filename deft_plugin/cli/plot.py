@@ -28,7 +28,9 @@ def plot(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="A metric to draw; may be repeated. By default all that were logged."),
+        typer.Option(
+            help="A metric to draw; may be repeated. By default all that were logged but scored_tokens."
+        ),
     ] = None,
 ) -> None:
     """Draw the metrics of a run, or of several in one picture, over their optimizer steps.

@@ -63,13 +63,17 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
             for axis in axes[: len(shown)]
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-        figure.suptitle("dots: held out, thin lines: training", fontsize=9)
+        counts = {figures_of(run).held_out_tokens for run in runs}
+        # Where the runs differ the table has it alone.
+        count = counts.pop() if len(counts) == 1 else None
+        tokens = "" if count is None else f" ({count:,} tokens)"
+        figure.suptitle(f"dots: held out{tokens}, thin lines: training", fontsize=9)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=130)
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """A line for each run: its nll, accuracy and figures of the task."""
+    """A line for each run: its nll, accuracy and figures of the task, and how many tokens they rest on."""
     lines = [figures_of(run) for run in runs]
     tasks = sorted({name for line in lines for name in line.task})
     table = Table(
@@ -77,6 +81,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         "objective",
         "steps",
         "rows",
+        "held-out tokens",
         "nll, best",
         "nll, last",
         "accuracy",
@@ -90,6 +95,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
             escape(line.objective or "-"),
             str(line.steps),
             "held out" if line.held_out else "training",
+            "-" if line.held_out_tokens is None else f"{line.held_out_tokens:,}",
             *("-" if figure is None else f"{figure:.3f}" for figure in figures),
         )
     return table

@@ -25,7 +25,10 @@ PANELS: tuple[tuple[str, dict[str, str], bool], ...] = (
         {"mean_token_accuracy": "predicted right", "closed_gate_share": "gate below 0.1"},
         True,
     ),
+    ("Scored tokens", {"scored_tokens": "tokens"}, False),
 )  # fmt: skip
+# Drawn where they are asked for alone.
+ON_REQUEST = {"scored_tokens"}
 # TRL's own losses are logged under this name alone.
 OWN_LOSS = ("Loss", {"loss": "loss"}, False)
 
@@ -39,7 +42,7 @@ def plot_metrics(
         log_history: a trainer's.
         path: of the picture; its suffix is its format.
         title: of the picture.
-        metrics: which to draw; none for all of `PANELS`.
+        metrics: which to draw; none for all of `PANELS` but those `ON_REQUEST`.
 
     Raises:
         ValueError: the log has none of the metrics, or one of `metrics` is unknown or was not logged.
@@ -59,7 +62,7 @@ def plot_metrics(
             raise ValueError(
                 f"--metric {name!r} was not logged. Of the choices there are: {found}."
             )
-    shown = logged.intersection(metrics) if metrics else logged
+    shown = logged.intersection(metrics) if metrics else logged - ON_REQUEST
     panels = [
         (panel, {name: label for name, label in labels.items() if name in shown}, is_share)
         for panel, labels, is_share in candidates

@@ -141,13 +141,14 @@ def checkpoint_with(model: str, adapter: str | None) -> Checkpoint:
     """MODEL, with what --adapter names.
 
     Raises:
-        ValueError: that is no adapter.
+        ValueError: that is no adapter, or MODEL none that predicts the next token.
     """
     if adapter is not None and not _is_adapter(adapter):
         raise ValueError(
             f"--adapter {adapter!r} is no adapter: it has no adapter_config.json. Name the folder that PEFT saved, or "
             "a name on the hub."
         )
+    _check_is_decoder_only(model, "MODEL")
     return Checkpoint(model, adapter, "MODEL" if adapter is None else "--adapter")
 
 
@@ -155,36 +156,12 @@ def checkpoint_after(model: str, after: str) -> Checkpoint:
     """What --after names: an adapter for `model`, or a model of its own.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or the model none that predicts the next token.
     """
     if _is_adapter(after):
         return Checkpoint(model, after, "--after")
-    config_of_model(after, "--after", or_adapter=True)
+    _check_is_decoder_only(after, "--after", or_adapter=True)
     return Checkpoint(after, None, "--after")
-
-
-def check_is_decoder_only(checkpoint: Checkpoint) -> None:
-    """Raise `ValueError` where there is no such model, or it is not one that predicts the next token."""
-    name, option = checkpoint.model, checkpoint.option_of_model
-    try:
-        config = config_of_model(name, option)
-    except ValueError:
-        # An adapter's folder as the model itself: transformers loads it on its base model.
-        if _is_adapter(name):
-            return
-        raise
-    kind = type(config).__name__
-    way_out = "Name a decoder-only model (Llama, Qwen, Gemma, SmolLM, ...)."
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{option} {name!r} is an encoder-decoder ({kind}), which the objectives here do not cover: its labels are not the "
-            f"next tokens of its input. {way_out}"
-        )
-    own_code = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
-        raise ValueError(
-            f"{option} {name!r} is no causal language model: transformers has none with its configuration, {kind}. {way_out}"
-        )
 
 
 def load_tokenizer(
@@ -246,6 +223,29 @@ def trained_on_another(checkpoint: Checkpoint) -> str | None:
     if not base or Path(base).name == Path(checkpoint.model).resolve().name:
         return None
     return base
+
+
+def _check_is_decoder_only(name: str, option: str, *, or_adapter: bool = False) -> None:
+    """Raise `ValueError` where there is no such model, or it is not one that predicts the next token."""
+    try:
+        config = config_of_model(name, option, or_adapter=or_adapter)
+    except ValueError:
+        # An adapter's folder as the model itself: transformers loads it on its base model.
+        if _is_adapter(name):
+            return
+        raise
+    kind = type(config).__name__
+    way_out = "Name a decoder-only model (Llama, Qwen, Gemma, SmolLM, ...)."
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{option} {name!r} is an encoder-decoder ({kind}), which the objectives here do not cover: its labels are not the "
+            f"next tokens of its input. {way_out}"
+        )
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in own_code:
+        raise ValueError(
+            f"{option} {name!r} is no causal language model: transformers has none with its configuration, {kind}. {way_out}"
+        )
 
 
 def _short(name: str) -> str:

@@ -13,7 +13,6 @@ from ..objectives import build_objective
 from .causality import check_is_causal
 from .checkpoint import (
     Checkpoint,
-    check_is_decoder_only,
     check_same_vocabulary,
     checkpoint_after,
     checkpoint_with,
@@ -48,9 +47,6 @@ def measure_data(options: Options, names: list[str], steps: Steps) -> Measured:
     assert options.data is not None
     first = checkpoint_with(options.model, options.adapter)
     second = None if options.after is None else checkpoint_after(options.model, options.after)
-    for checkpoint in (first, second):
-        if checkpoint is not None:
-            check_is_decoder_only(checkpoint)
     tokenizer = load_tokenizer(options.model, options.chat_template)
     if second is not None:
         check_same_vocabulary(tokenizer, options.model, second)

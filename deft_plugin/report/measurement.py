@@ -131,16 +131,15 @@ def measure(
 
     Args:
         model: a causal LM of transformers, or a PEFT model of one, in evaluation mode.
-        rows: each with a token to train on.
+        rows: each with a token to train on, and none outside the vocabulary (see `check_vocabulary`).
         batch_size: most rows in a forward pass. Where the logits of their trained tokens would take more than
             `LOGITS_BYTES`, there are fewer; and a row that is too long alone is passed several times.
         top_ks: see `TokenTable.top_k_entropies`.
         advance: called with the number of rows that are done.
 
     Raises:
-        ValueError: the model's logits are NaN, or it has none for a token.
+        ValueError: the model's logits are NaN.
     """
-    check_vocabulary(model, rows)
     vocab_size = model.config.get_text_config().vocab_size
     found: list[tuple[Tensor, Tensor, TokenNumbers]] = []
     for batch in _batches(rows, batch_size, LOGITS_BYTES // (4 * vocab_size)):

@@ -42,6 +42,7 @@ _NOT_COMPARED = (
     "model_preparation_time",
     "num_tokens",
     "num_input_tokens_seen",
+    "scored_tokens",
     "skipped_share",
 )
 # The only losses that train without this package's metrics.
@@ -106,6 +107,7 @@ class RunFigures:
     Args:
         name, objective, steps: the run's.
         held_out: whether figures are of an evaluation, else of the last logging window of training.
+        held_out_tokens: that the last evaluation's figures are of; None where it was not logged.
         nll_first, nll_best, nll_last: None where it was not logged.
         last: the other metrics' last values.
         task: figures of the task.
@@ -115,6 +117,7 @@ class RunFigures:
     objective: str | None
     steps: int
     held_out: bool
+    held_out_tokens: int | None
     nll_first: float | None
     nll_best: float | None
     nll_last: float | None
@@ -164,12 +167,14 @@ def figures_of(run: Run) -> RunFigures:
     of = run.held_out if held_out else run.training
     nll = of("nll")
     values = list(nll.values())
+    tokens = list(run.held_out("scored_tokens").values())
     others = {metric: of(metric) for metric in COMPARED if metric != "nll"}
     return RunFigures(
         name=run.name,
         objective=run.objective,
         steps=run.steps,
         held_out=held_out,
+        held_out_tokens=round(tokens[-1]) if tokens else None,
         nll_first=values[0] if values else None,
         nll_best=min((value for value in values if not math.isnan(value)), default=None),
         nll_last=values[-1] if values else None,

@@ -60,6 +60,9 @@ def test_chosen_metrics_alone_are_drawn(plot: Plot, tmp_path: Path, drawn: list[
     assert b"<svg" in output.read_bytes()
     labels = {label for axis in drawn[0].axes for label in axis.get_legend_handles_labels()[1]}
     assert labels == {"nll", "gate"}
+    status, _, errors = plot(run, "--metric", "scored_tokens")
+    assert (status, errors) == (0, "")
+    assert titles(drawn[1]) == ["Scored tokens"]
 
 
 def test_several_runs_are_compared_and_never_by_their_losses(
@@ -77,7 +80,10 @@ def test_several_runs_are_compared_and_never_by_their_losses(
     assert "1.250" in out
     assert "answer_accuracy" in out
     assert "0.750" in out
+    assert out.count("1,234") == 2
+    assert "scored_tokens" not in out
     (figure,) = drawn
+    assert figure.get_suptitle() == "dots: held out (1,234 tokens), thin lines: training"
     assert len(figure.axes) == 5
     for axis in figure.axes:
         assert "oss" not in axis.get_title(loc="left")
@@ -96,6 +102,7 @@ def test_several_runs_are_compared_and_never_by_their_losses(
         (["a", "--metric", "nlll"], "--metric 'nlll' is unknown. Choices: loss, objective_loss, nll"),
         (["own", "--metric", "nll"], "--metric 'nll' was not logged. Of the choices there are: loss"),
         (["a", "b", "--metric", "loss"], "--metric 'loss' of one objective says nothing about that of another. Choices: nll"),
+        (["a", "b", "--metric", "scored_tokens"], "--metric 'scored_tokens' is unknown. Choices: nll"),
         (["a", "b", "--metric", "entropy"], "--metric 'entropy' is unknown. Choices: nll"),
         (["own", "own", "--metric", "nll"], "--metric 'nll' was logged by none of the runs. Of the choices there are: none"),
         (["own", "own"], "has logged one of: nll, mean_token_accuracy"),

@@ -28,6 +28,7 @@ GATED = {
     "mean_gate": 0.6,
     "mean_target_probability": 0.4,
     "closed_gate_share": 0.1,
+    "scored_tokens": 200,
 }
 
 

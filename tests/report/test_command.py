@@ -161,6 +161,7 @@ def test_runs_alone_need_no_model(tmp_path: Path, run: Run) -> None:
     assert "<h1>Runs compared</h1>" in page
     assert "_b&lt;i&gt;" in page
     assert "<i>" not in page
+    assert page.count('<td class="number">1,234</td>') == 2
     assert "deft report MODEL --data DATA" in page
 
 
@@ -374,6 +375,14 @@ def test_after_and_a_model_under_an_adapter_are_named_as_they_were_given(
     assert (
         "the folder is empty. Expected: a folder with config.json or adapter_config.json" in errors
     )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(pairs: Path, run: Run, tmp_path: Path) -> None:
+    tiny_model("llama", vocab_size=16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    status, errors = run(tmp_path / "model", "--data", pairs, "--output", tmp_path / "out")
+    assert status == 2
+    assert "outside the model's vocabulary [0, 16)" in errors
 
 
 def test_an_adapter_named_as_the_model_is_loaded_on_its_base_model(

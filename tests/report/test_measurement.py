@@ -11,7 +11,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from deft_plugin import build_objective
 from deft_plugin.report import measurement
-from deft_plugin.report.measurement import TokenTable, measure, statistics_of_logits
+from deft_plugin.report.measurement import (
+    TokenTable,
+    check_vocabulary,
+    measure,
+    statistics_of_logits,
+)
 from deft_plugin.report.rows import IGNORED, Row
 from tests.tiny import VOCAB_SIZE, tiny_model
 
@@ -138,10 +143,10 @@ def test_a_damaged_model_and_unknown_tokens_are_refused() -> None:
     model, rows = tiny_model("llama").eval(), make_rows()
     large = [Row(0, [5, 6], [IGNORED, VOCAB_SIZE + 3])]
     with pytest.raises(ValueError, match=r"token 131, outside the model's vocabulary \[0, 128\)"):
-        measure(model, large)
+        check_vocabulary(model, large)
     # Of a prompt too: a tokenizer may have more tokens than the model.
     with pytest.raises(ValueError, match=r"token 128, outside the model's vocabulary \[0, 128\)"):
-        measure(model, [Row(0, [VOCAB_SIZE, 6], [IGNORED, 6])])
+        check_vocabulary(model, [Row(0, [VOCAB_SIZE, 6], [IGNORED, 6])])
     model.lm_head.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"logits are NaN at .* of .* tokens"):
         measure(model, rows)

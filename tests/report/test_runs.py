@@ -26,6 +26,7 @@ def test_a_run_is_found_by_its_folder_its_file_or_its_newest_checkpoint(tmp_path
 def test_results_beside_the_log_name_the_objective_and_the_task(tmp_path: Path) -> None:
     run = load_run(str(write_run(tmp_path / "run", objective="deft", eval_pass_at_16=0.25)))
     assert run.objective == "deft"
+    # Nor is the number of tokens a figure of the task.
     assert run.task == {"pass_at_16": 0.25, "answer_accuracy": 0.75}
 
 
@@ -38,6 +39,8 @@ def test_runs_are_compared_by_nll_and_never_by_their_losses(tmp_path: Path) -> N
     assert 100.0 not in (*line.last.values(), *line.task.values())
     assert line.last["mean_gate"] == pytest.approx(0.6)
     assert "mean_gate" in compared_metrics([run])
+    assert line.held_out_tokens == 1234
+    assert "scored_tokens" not in (*line.last, *compared_metrics([run]))
 
 
 def write_log(folder: Path, entries: list[dict[str, Any]], loss_type: str | None) -> str:
@@ -49,7 +52,14 @@ def write_log(folder: Path, entries: list[dict[str, Any]], loss_type: str | None
 
 
 def test_several_evaluation_sets_have_figures_and_no_losses(tmp_path: Path) -> None:
-    metrics = {"nll": 1.0, "loss": 2.0, "objective_loss": 3.0, "runtime": 4.0, "accuracy": 0.5}
+    metrics = {
+        "nll": 1.0,
+        "loss": 2.0,
+        "objective_loss": 3.0,
+        "runtime": 4.0,
+        "accuracy": 0.5,
+        "scored_tokens": 9,
+    }
     entry = {f"eval_{part}_{name}": metrics[name] for part in ("a", "b") for name in metrics}
     run = load_run(write_log(tmp_path / "run", [{"step": 1, **entry}], None))
     assert run.task == {f"{part}_{name}": metrics[name] for part in ("a", "b") for name in ("nll", "accuracy")}  # fmt: skip
@@ -69,12 +79,18 @@ def test_trl_s_own_nll_is_logged_as_a_loss(tmp_path: Path) -> None:
     for loss_type, expected in (("nll", 1.5), ("dft", None), (None, None)):
         run = load_run(write_log(tmp_path / str(loss_type), entries, loss_type))
         assert figures_of(run).nll_last == expected
+        assert figures_of(run).held_out_tokens is None
 
 
 def test_a_run_without_evaluation_is_told_as_training(tmp_path: Path) -> None:
-    run = load_run(write_log(tmp_path / "run", [{"step": 1, "nll": 2.0, "mean_gate": 0.5}], None))
+    run = load_run(
+        write_log(
+            tmp_path / "run", [{"step": 1, "nll": 2.0, "mean_gate": 0.5, "scored_tokens": 9}], None
+        )
+    )
     line = figures_of(run)
     assert not line.held_out
+    assert line.held_out_tokens is None
     assert (line.nll_last, line.last) == (2.0, {"mean_gate": 0.5})
 
 

@@ -27,6 +27,8 @@ from tests.tiny import tiny_model, tiny_tokenizer
 from tests.transformers.running import arguments, make_trainer
 from tests.updates import make_rows
 
+# Labels at its beginning alone, in a batch of its own.
+LAST_ROW = {"input_ids": [*range(5, 25)], "labels": [*range(5, 9), *[-100] * 16]}
 ATTENTION = functional.scaled_dot_product_attention
 
 
@@ -61,7 +63,7 @@ def run(output_dir: Path, *, predicts: bool = True, **options: Any) -> Any:
         make_rows(12),
         model,
         data_collator=WithPositions(tiny_tokenizer(), pad_to_multiple_of=32),
-        eval_dataset=make_rows(5, seed=1),
+        eval_dataset=[*make_rows(4, seed=1), LAST_ROW],
     )
     trainer.train()
     prediction = trainer.predict(make_rows(4, seed=2)) if predicts else None
@@ -94,11 +96,11 @@ def compare(ranks: Any, expected: Any) -> None:
                 )
 
 
-def test_context_parallelism(tmp_path: Path) -> None:
+def test_context_parallelism(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def on(rank: int) -> Any:
         as_on_gpus()
         attend_to_all_parts(whole_or_part)
-        return run(
+        results = run(
             tmp_path,
             use_cpu=False,
             per_device_train_batch_size=2,
@@ -111,6 +113,9 @@ def test_context_parallelism(tmp_path: Path) -> None:
                 "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
             },
         )
+        # Of parts of a sequence that is nothing to tell.
+        assert "scored no token" not in caplog.text
+        return results
 
     compare(run_ranks(on, tmp_path), run(tmp_path))
 

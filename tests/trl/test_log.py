@@ -61,8 +61,9 @@ def test_unlogged_steps_of_an_interrupted_training_do_not_count_in_the_next(tmp_
     changed = [{"input_ids": row["input_ids"][::-1], "labels": row["labels"]} for row in rows]
     trainer.train_dataset = as_dataset(changed)
     trainer.train()
+    # Two steps on all rows.
     assert metrics_of(trainer.state.log_history[0]) == pytest.approx(
-        expected_metrics(changed), rel=1e-9
+        expected_metrics(2 * changed), rel=1e-9
     )
 
 
@@ -160,7 +161,8 @@ def test_evaluation_in_training_leaves_the_training_s_window_alone(tmp_path: Pat
     assert len(logged(trainer, "eval_nll")) == 5
     for entry in trainer.state.log_history:
         if "loss" in entry:
-            assert metrics_of(entry) == pytest.approx(expected_metrics(rows), rel=1e-9)
+            # Two steps on all rows.
+            assert metrics_of(entry) == pytest.approx(expected_metrics(2 * rows), rel=1e-9)
         if "eval_loss" in entry:
             assert metrics_of(entry, "eval_") == pytest.approx(
                 expected_metrics(eval_rows), rel=1e-9
