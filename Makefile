@@ -36,16 +36,20 @@ test-trl test-axolotl test-floor test-benchmark test-kernels package: export PYT
 test-trl: $(TRL)/.ready dist
 	$(TRL)/bin/python $(PYTEST)
 
-# Objectives and core know torch alone: the newest and the lowest will do for them, but for kernels; the newest for what is no library.
-ONE_LINE := benchmark docs objectives ops packaging plot scripts
-# Axolotl changes transformers' classes where it is imported, which the other tests are not to see.
+# Axolotl changes transformers' classes where it is imported, which the other tests are not to see. Its trl, transformers, peft and
+# accelerate are the floor's, whose run has the tests of head and trainers; here are those that need a package beside them.
+BESIDE_AXOLOTL := $(addprefix tests/,distributed doctor fuzz report head/test_bases.py head/test_quantised_weight.py \
+	ops/test_triton.py transformers/test_parallelism.py trl/test_liger.py trl/test_vision.py) $(wildcard tests/test_*.py)
+# Whole reports, in newest versions alone.
+WHOLE_REPORTS := tests/report/test_command.py tests/report/test_page.py
 test-axolotl: $(AXOLOTL)/.ready $(AXOLOTL)/.examples
 	$(AXOLOTL)/bin/python $(PYTEST) tests/axolotl
-	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(addprefix --ignore tests/,axolotl $(ONE_LINE))
-	$(AXOLOTL)/bin/python $(PYTEST) tests/ops/test_triton.py
+	$(AXOLOTL)/bin/python $(PYTEST) -m "not slow" $(BESIDE_AXOLOTL) $(addprefix --ignore ,$(WHOLE_REPORTS))
 
+# How exact and how dear the core is, in newest versions alone.
+MEASURES := $(addprefix tests/ops/test_,costs.py low_rank.py precision.py quack.py skipping.py)
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python $(PYTEST) -m "not slow" tests/objectives tests/ops tests/head tests/trl tests/transformers
+	$(FLOOR)/bin/python $(PYTEST) -m "not slow" $(addprefix tests/,objectives ops head trl transformers) $(addprefix --ignore ,$(MEASURES))
 
 test-benchmark: $(BENCHMARK)/.ready
 	$(BENCHMARK)/bin/python $(PYTEST) tests/benchmark tests/scripts/test_benchmark.py
