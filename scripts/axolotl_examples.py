@@ -119,7 +119,11 @@ def schemas_built_once() -> Iterator[None]:
     def merge_input_args() -> Any:
         return built(tuple(PluginManager.get_instance().get_input_args()))
 
-    users = ("axolotl.integrations.config", "axolotl.utils.config", "deft_plugin.axolotl.adjustments")
+    users = (
+        "axolotl.integrations.config",
+        "axolotl.utils.config",
+        "deft_plugin.axolotl.adjustments",
+    )
     with contextlib.ExitStack() as patches:
         for module in users:
             patches.enter_context(mock.patch(f"{module}.merge_input_args", merge_input_args))

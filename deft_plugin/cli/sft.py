@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import typer
 from typer.core import TyperCommand
 
+from ..paths import NEEDED
 from .errors import fail, need
+
+if TYPE_CHECKING:
+    from ..trl.arguments import Arguments
 
 _PACKAGES = ("trl", "peft", "accelerate", "datasets")
 # Of transformers' Trainer: what comes after is no fault in the arguments.
 _TRAINING = "_inner_training_loop"
 # Of these, errors before training are about what they were asked for.
 _WRITTEN = ("accelerate.", "datasets.", "huggingface_hub.", "peft.", "transformers.", "trl.")
-_NEEDED = "A model (a folder, or a name on the hub) and data (a folder with train.jsonl, or a name on the hub) are needed."
 
 
 class PassedOn(TyperCommand):
@@ -36,11 +39,12 @@ def sft(context: typer.Context) -> None:
     """
     need("sft", "trl", _PACKAGES)
     if not context.args:
-        fail("sft", f"{_NEEDED} See deft sft --help.")
+        fail("sft", f"{NEEDED} See deft sft --help.")
     if context.args[-1:] == ["--config"]:
         fail("sft", "--config needs a YAML file.")
     from yaml import YAMLError
 
+    from ..trl.arguments import Arguments
     from ..trl.sft import make_parser, run
 
     parser = make_parser()
@@ -51,10 +55,9 @@ def sft(context: typer.Context) -> None:
     except (ValueError, OSError, YAMLError) as error:
         fail("sft", f"{error}{_remedy(error)}")
     except (TypeError, AttributeError) as error:
-        # Of a YAML file's values, which no flag could have.
+        # Of values in a YAML file that their fields' types let pass.
         fail("sft", f"A value of --config has another type than is needed: {error}.")
     arguments = Arguments(*parsed)
-    _check_names(arguments)
     try:
         run(parsed)
     except Exception as error:
@@ -64,49 +67,12 @@ def sft(context: typer.Context) -> None:
         fail("sft", message)
 
 
-class Arguments(NamedTuple):
-    """What TRL's parser makes of the command line."""
-
-    script: Any
-    training: Any
-    model: Any
-    mixture: Any
-
-    @property
-    def data(self) -> str:
-        """What the user has named the data with."""
-        return (
-            "datasets" if self.mixture.datasets else f"--dataset_name {self.script.dataset_name!r}"
-        )
-
-
 def _remedy(error: Exception) -> str:
     """What transformers does not say: how to do without the GPU that TRL's default precision needs."""
     import torch
 
     wants_gpu = "bf16" in str(error) and not torch.cuda.is_available()
     return " Without a GPU add --use_cpu True --bf16 False." if wants_gpu else ""
-
-
-def _check_names(arguments: Arguments) -> None:
-    """Fail where there is no model or no data set."""
-    script, model = arguments.script, arguments.model
-    for option, value in (
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--dataset_name", script.dataset_name),
-    ):
-        if value is not None and not isinstance(value, str):
-            fail("sft", f"{option} {value!r} is no text.")
-    if not model.model_name_or_path:
-        fail("sft", f"--model_name_or_path is missing. {_NEEDED}")
-    if not script.dataset_name and not arguments.mixture.datasets:
-        fail("sft", f"--dataset_name is missing. {_NEEDED}")
-    if script.dataset_name and Path(script.dataset_name).is_file():
-        fail(
-            "sft",
-            f"--dataset_name {script.dataset_name!r} is a file. Name its folder; the file's name says the split, as train.jsonl "
-            "does.",
-        )
 
 
 def _as_the_users(error: Exception, arguments: Arguments) -> str | None:

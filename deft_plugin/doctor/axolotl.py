@@ -50,11 +50,14 @@ def check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
 
     core, _, parameters = DEFTSettings(**(cfg.deft or {})).split()
     texts = [
-        *missing_files(values),
         *_deepspeed_problems(values.get("deepspeed")),
         *path_problems(core.path, device_here()),
     ]
-    found = [*unknown_keys(values), *(Finding("error", text) for text in texts)]
+    found = [
+        *unknown_keys(values),
+        *missing_files(values),
+        *(Finding("error", text) for text in texts),
+    ]
     yield from found
     if values.get("processor_type") and not is_installed("torchvision"):
         yield Finding(

@@ -1,19 +1,51 @@
-"""Files and folders that an Axolotl YAML names and that are not there."""
+"""Files and folders that a YAML names and that are not there; what may be a name on the hub cannot be told."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst")
+from ..paths import TILDE, is_left_to_the_hub, is_missing
+from .finding import Finding
 
 
-def missing_files(values: Mapping[str, Any]) -> Iterator[str]:
-    """Files and folders that are named and not there; what may be a name on the hub cannot be told."""
-    if _is_missing(values["base_model"]):
-        yield f"base_model: {values['base_model']} does not exist"
+def missing_files(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """What an Axolotl YAML names and is not there; a note on what begins with a folder here and may be on the hub."""
+    for place, path in _named_to_axolotl(values):
+        if not isinstance(path, str):
+            continue
+        if is_missing(path):
+            remedy = f" ({TILDE})" if path.startswith("~") else ""
+            yield Finding("error", f"{place}: {path} does not exist{remedy}")
+        elif is_left_to_the_hub(path) and os.path.isdir(os.path.dirname(path)):
+            yield _left_to_the_hub(place, path)
+
+
+def missing_files_of_trl(values: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a YAML of `trl sft` names and is not there, with a note on what may be on the hub."""
+    keys = ("model_name_or_path", "dataset_name", "chat_template_path")
+    named = [(key, values.get(key)) for key in keys]
+    datasets = values.get("datasets")
+    for index, dataset in enumerate(datasets if isinstance(datasets, list) else []):
+        if isinstance(dataset, Mapping):
+            named.append((f"datasets[{index}].path", dataset.get("path")))
+    for place, path in named:
+        # Of ~ the check of the arguments tells.
+        if not isinstance(path, str) or path.startswith("~"):
+            continue
+        if is_missing(path):
+            yield Finding("error", f"{place}: {path} does not exist")
+        elif is_left_to_the_hub(path):
+            yield _left_to_the_hub(place, path)
+
+
+def _left_to_the_hub(place: str, path: str) -> Finding:
+    return Finding("note", f"{place}: {path} is no folder here, and is looked for on the hub")
+
+
+def _named_to_axolotl(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield "base_model", values["base_model"]
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
         datasets = values.get(key)
         for index, dataset in enumerate(datasets if isinstance(datasets, list) else [datasets]):
@@ -23,15 +55,4 @@ def missing_files(values: Mapping[str, Any]) -> Iterator[str]:
                 # Of a name on the hub, they are in that repository.
                 if isinstance(path, str) and os.path.exists(path):
                     paths += [files] if isinstance(files, str) else list(files)
-                yield from (
-                    f"{key}[{index}]: {path} does not exist" for path in paths if _is_missing(path)
-                )
-
-
-def _is_missing(path: Any) -> bool:
-    """Whether this is no name on the hub, owner/name, and no address, but a path with nothing there."""
-    if not isinstance(path, str) or "://" in path or any(mark in path for mark in "*?["):
-        return False
-    may_be_name = path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-    is_path = not may_be_name or Path(path).suffix in _DATA_SUFFIXES
-    return is_path and not os.path.exists(path)
+                yield from ((f"{key}[{index}]", each) for each in paths)

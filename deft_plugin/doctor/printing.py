@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,11 +16,23 @@ _STYLES = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 
 def print_report(paths: Sequence[Path]) -> bool:
-    """Print what is found in the environment, then in each path; whether there is an error."""
-    failed = _print("environment", check_environment())
+    """Print what is found in the environment, in short where there are paths, then in each of them; whether there is an error."""
+    environment = check_environment()
+    failed = _print("environment", _in_short(environment) if paths else environment)
     for path in paths:
         failed |= _print(str(path), check_path(path))
     return failed
+
+
+def _in_short(findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Findings that are not "ok", and a line for those that are."""
+    fine = 0
+    for finding in findings:
+        if finding.level == "ok":
+            fine += 1
+        else:
+            yield finding
+    yield Finding("ok", f"{fine} checks passed; `deft doctor` alone lists them")
 
 
 def _print(title: str, findings: Iterable[Finding]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .data_files import missing_files_of_trl
 from .finding import Finding, quiet
 from .loss import path_problems
 from .packages import is_installed
@@ -40,8 +41,9 @@ def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
         if objective is None:
             problems.append(f"loss_type={loss_type!r} is TRL's own loss")
     problems += _trl_problems(parser, ["--config", str(path), *flags], loss_type)
-    yield from (Finding("error", problem) for problem in problems)
-    if not problems:
+    found = [*missing_files_of_trl(values), *(Finding("error", problem) for problem in problems)]
+    yield from found
+    if not any(finding.level == "error" for finding in found):
         yield Finding("ok", f"trains with {objective!r} under `deft sft`")
 
 
@@ -55,24 +57,27 @@ def _unknown_trl_keys(values: Mapping[str, Any], parser: Any) -> Iterator[str]:
             yield f"unknown key {key!r}, which `trl sft` refuses.{guess}"
 
 
-def _trl_problems(parser: Any, arguments: list[str], loss_type: Any) -> list[str]:
+def _trl_problems(parser: Any, options: list[str], loss_type: Any) -> list[str]:
     """What `deft sft` would refuse in its arguments, apart from keys that it does not know."""
-    from trl import ModelConfig, get_peft_config
+    from trl import get_peft_config
 
+    from ..trl.arguments import Arguments, find_mistakes
     from ..trl.config import objective_of, settings_of
     from ..trl.conflicts import find_conflicts
 
     errors = io.StringIO()
     try:
         with quiet(), contextlib.redirect_stderr(errors):
-            parsed = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=False)
-            training = next(part for part in parsed if hasattr(part, "loss_type"))
+            parsed = parser.parse_args_and_config(args=options, fail_with_unknown_args=False)
+            arguments = Arguments(*parsed)
+            training = arguments.training
+            mistakes = [*find_mistakes(arguments)]
             if objective_of(training) is None:
-                return []
-            model = next(part for part in parsed if isinstance(part, ModelConfig))
+                return mistakes
             return [
+                *mistakes,
                 *path_problems(settings_of(training)[0].path, training.device),
-                *find_conflicts(training, get_peft_config(model), loss_type),
+                *find_conflicts(training, get_peft_config(arguments.model), loss_type),
             ]
     except (Exception, SystemExit) as error:
         # The parser writes its usage first, and what is wrong in the last line.

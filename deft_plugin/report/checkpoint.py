@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -121,7 +124,14 @@ class Placement:
         if checkpoint.adapter is not None:
             try:
                 model = PeftModel.from_pretrained(model, checkpoint.adapter)
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:
                 raise ValueError(
                     f"{checkpoint.option} {checkpoint.adapter!r} is no adapter for {checkpoint.model!r}: "
                     f"{textwrap.shorten(str(error), 300)}"
@@ -148,6 +158,8 @@ def checkpoint_with(model: str, adapter: str | None) -> Checkpoint:
             f"--adapter {adapter!r} is no adapter: it has no adapter_config.json. Name the folder that PEFT saved, or "
             "a name on the hub."
         )
+    if adapter is not None:
+        _check_adapter(adapter, "--adapter")
     _check_is_decoder_only(model, "MODEL")
     return Checkpoint(model, adapter, "MODEL" if adapter is None else "--adapter")
 
@@ -159,6 +171,7 @@ def checkpoint_after(model: str, after: str) -> Checkpoint:
         ValueError: it is neither, or the model none that predicts the next token.
     """
     if _is_adapter(after):
+        _check_adapter(after, "--after")
         return Checkpoint(model, after, "--after")
     _check_is_decoder_only(after, "--after", or_adapter=True)
     return Checkpoint(after, None, "--after")
@@ -220,7 +233,7 @@ def trained_on_another(checkpoint: Checkpoint) -> str | None:
         base: str | None = PeftConfig.from_pretrained(checkpoint.adapter).base_model_name_or_path
     except (OSError, ValueError, KeyError, TypeError):  # Of a damaged one loading tells.
         return None
-    if not base or Path(base).name == Path(checkpoint.model).resolve().name:
+    if not isinstance(base, str) or Path(base).name in ("", Path(checkpoint.model).resolve().name):
         return None
     return base
 
@@ -265,3 +278,24 @@ def _is_adapter(name: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True
+
+
+def _check_adapter(name: str, option: str) -> None:
+    """Raise `ValueError` where a folder's adapter is none that PEFT can load; the hub's are looked at when they are loaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{option} {name!r}: its {CONFIG_NAME} cannot be read: {error}.") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in [each.value for each in PeftType]:
+        raise ValueError(
+            f"{option} {name!r}: the peft_type in its {CONFIG_NAME} is {kind!r}, and PEFT {peft.__version__} has no such kind. "
+            "Name a folder that PEFT saved."
+        )
+    if not any((folder / file).is_file() for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(
+            f"{option} {name!r} has no weights: {SAFETENSORS_WEIGHTS_NAME} is not in the folder."
+        )

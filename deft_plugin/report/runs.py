@@ -288,10 +288,19 @@ def _state_of(path: Path, option: str) -> Path:
         has_gone_on = _step_of(newest) > _steps_of(_json(whole, option), whole, option)
         return newest / STATE if has_gone_on else whole
     if newest is None:
+        lacks = f"{option} {str(path)!r} has no {STATE}, nor a checkpoint-N with one."
+        runs = {state.parent for state in path.glob(f"*/{STATE}")}
+        runs |= {
+            state.parents[1]
+            for state in path.glob(f"*/checkpoint-*/{STATE}")
+            if _step_of(state.parent) >= 0
+        }
+        if runs:
+            choices = ", ".join(sorted(map(str, runs))[:8])
+            raise ValueError(f"{lacks} Choices: {choices}.")
         inside = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{option} {str(path)!r} has no {STATE}, nor a checkpoint-N with one. It has: {inside}. Name the folder "
-            "that a trainer wrote to (trainer.save_state() writes the file)."
+            f"{lacks} It has: {inside}. Name the folder that a trainer wrote to (trainer.save_state() writes the file)."
         )
     return newest / STATE
 

@@ -1,6 +1,7 @@
 """What a data set's columns must be for TRL to prepare them, looked at before TRL does, whose errors name no column.
 
-TRL decides by the first row what it is given, and so does this.
+TRL decides by the first row what it is given, and so does this. Other rows are looked at where a column may hold something
+else: nulls, lists of nothing, and JSON, which is what `datasets` makes of a file whose values are of several kinds.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from ..checks import data_sets_of
 
 Row = Mapping[str, Any]
+_PAIR = ("prompt", "completion")
 # Columns of messages: the keys by which TRL knows them, and what they are to have.
 _CONVERSATIONS = {
     "messages": (("role",), "role and content"),
@@ -31,7 +34,7 @@ def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
 
     Raises:
         ValueError: several splits to train on; none of the columns that TRL takes; something else in them than text or
-            messages; rows without a value.
+            messages, or now one and now the other; rows without a value.
     """
     if name == "train_dataset" and isinstance(dataset, dict):
         splits = ", ".join(map(repr, dataset))
@@ -43,9 +46,18 @@ def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
         # Tokens already, or images, which a collator reads; tables, with which TRL does not begin.
         if not isinstance(row, Mapping) or {"input_ids", "image", "images"} & row.keys():
             continue
-        columns = _used_columns(each, row, text_field)
-        if isinstance(part, Dataset) and part.format["type"] != "custom":
-            _check_nulls(each, part, columns)
+        is_stored = isinstance(part, Dataset) and part.format["type"] != "custom"
+        mixed = _mixed_columns(part, text_field) if is_stored else []
+        try:
+            columns = _used_columns(each, row, text_field)
+            if {*columns} & {*mixed}:
+                _check_every_row(each, part.select_columns(list(columns)), text_field)
+        except ValueError as error:
+            texts = [column for column in mixed if column not in _CONVERSATIONS]
+            why = f" With values of several kinds in {' and '.join(texts)}, datasets reads a text such as '5' as a number."
+            raise ValueError(f"{error}{why if texts else ''}") from None
+        if is_stored:
+            _check_absent(each, part, columns)
 
 
 def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
@@ -55,9 +67,15 @@ def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
             raise ValueError(
                 f"{name} has a column prompt and none named completion, only {_listed(row)}. Rename the one with the answers."
             )
-        for column in ("prompt", "completion"):
+        for column in _PAIR:
             _check_value(name, column, row[column])
-        return ("prompt", "completion")
+        kinds = {isinstance(row[column], str) for column in _PAIR if row[column] is not None}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{name}: prompt and completion must both be text or both be lists of messages; they hold "
+                f"{_kind(row['prompt'])} and {_kind(row['completion'])}."
+            )
+        return _PAIR
     for column, (keys, _) in _CONVERSATIONS.items():
         if _is_conversation(row.get(column), *keys):
             # Rows without messages are then plain text.
@@ -89,30 +107,57 @@ def _is_conversation(value: Any, *keys: str) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and isinstance(value[0], Mapping)
+        and all(isinstance(message, Mapping) for message in value)
         and all(key in value[0] for key in keys)
     )
 
 
 def _kind(value: Any) -> str:
     """What a value is, with its keys where it is a list of dicts."""
-    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+    if _is_conversation(value):
         return f"a list with {', '.join(map(str, value[0]))}"
     return f"{value!r:.40} ({type(value).__name__})"
 
 
-def _check_nulls(name: str, dataset: Dataset, columns: tuple[str, ...]) -> None:
+def _mixed_columns(dataset: Dataset, text_field: str) -> list[str]:
+    """Columns that TRL may use whose values are of several kinds: of such files `datasets` makes a column of JSON."""
+    names = (*_PAIR, *_CONVERSATIONS, text_field)
+    return [name for name in names if "Json(" in str(dataset.features.get(name))]
+
+
+def _check_every_row(name: str, dataset: Dataset, text_field: str) -> None:
+    before: set[bool] = set()
+    for number, row in enumerate(dataset.with_format(None)):
+        where = f"{name}, row {number:,}"
+        _used_columns(where, row, text_field)
+        is_text = {isinstance(value, str) for value in row.values() if value is not None}
+        if len(before | is_text) > 1:
+            here, there = ("text", "messages") if True in is_text else ("messages", "text")
+            raise ValueError(
+                f"{where}: {_listed(row)} hold {here}, and {there} in the rows before it."
+            )
+        before |= is_text
+
+
+def _check_absent(name: str, dataset: Dataset, columns: tuple[str, ...]) -> None:
     for column in columns:
         # Of all that is stored, selected or not.
-        if not dataset.data.column(column).null_count:
+        if not pc.any(_is_absent(dataset.data.column(column))).as_py():
             continue
-        rows = dataset.select_columns([column]).with_format("arrow")[:][column]
-        if rows.null_count:
-            first = pc.index(pc.is_null(rows), True).as_py()
+        rows = _is_absent(dataset.select_columns([column]).with_format("arrow")[:][column])
+        if count := pc.sum(rows).as_py():
+            first = pc.index(rows, True).as_py()
             raise ValueError(
-                f"{name}: {rows.null_count:,} of {len(rows):,} rows have no {column}, the first being row {first:,}, "
+                f"{name}: {count:,} of {len(rows):,} rows have no {column}, the first being row {first:,}, "
                 "counted from 0. Leave them out of the file, or with dataset.filter."
             )
+
+
+def _is_absent(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each value is null, or a list of no messages."""
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        return pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0)
+    return pc.is_null(values)
 
 
 def _listed(row: Row) -> str:

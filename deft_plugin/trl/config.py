@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,12 @@ from ..training import (
 HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 # These names stay TRL's own. None is TRL 1.9's default; since 1.15 "chunked_nll" is an old name of "nll".
 TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
+# Of 0 or less they end in errors of torch's, or train nothing.
+_SIZES = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 # Metrics that come with an objective, and not with TRL's own loss.
 _OWN_METRICS = tuple(
     f"_{name}" for name in METRICS if name not in ("entropy", "mean_token_accuracy")
@@ -95,6 +102,13 @@ def check_metric_for_best_model(args: Any) -> None:
     )
 
 
+def _check_sizes(args: Any) -> None:
+    for name in _SIZES:
+        size = getattr(args, name)
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
+
+
 def extend_config_class(cls: type) -> Callable[[], None]:
     """Let `cls`, an SFTConfig class, take the objectives' names and `loss_kwargs`, in place.
 
@@ -114,6 +128,7 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     # Not in __init__, which a subclass that is a dataclass does not call.
     @functools.wraps(original_post_init)
     def __post_init__(self: Any) -> None:
+        _check_sizes(self)
         if self.loss_kwargs is not None:
             self.loss_kwargs = parse_parameters(self.loss_kwargs)
         if objective_of(self) is not None and self.greater_is_better is None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from trl.scripts import sft
 
+from .arguments import Arguments, check_arguments
 from .registration import register
+from .yaml_values import mistyped_values
 
 _EXAMPLE = (
     "deft sft --model_name_or_path MODEL --dataset_name DATA --output_dir FOLDER --loss_type deft"
@@ -23,11 +25,25 @@ def make_parser() -> Any:
     parser = sft.make_parser(prog="deft sft")
     parser.description = "TRL's SFTTrainer with the objectives that `deft objectives` lists. Flags may stand in a YAML file: --config FILE."
     parser.epilog = f"Example: {_EXAMPLE}"
+    take = parser.set_defaults_with_config
+
+    def take_checked(**values: Any) -> Any:
+        for mistake in mistyped_values(values, parser.dataclass_types):
+            raise ValueError(mistake)
+        return take(**values)
+
+    # What is in a YAML file comes through it.
+    parser.set_defaults_with_config = take_checked
     return parser
 
 
 def run(parsed: tuple[Any, ...]) -> None:
-    """Train as TRL's script does, with what the parser has made of the arguments."""
+    """Train as TRL's script does, with what the parser has made of the arguments.
+
+    Raises:
+        ValueError: before anything is loaded, for a name that cannot be one.
+    """
+    check_arguments(Arguments(*parsed))
     sft.main(*parsed)
 
 

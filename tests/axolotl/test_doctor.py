@@ -14,6 +14,8 @@ from deft_plugin.doctor import axolotl as room
 
 from .running import CUT, DEFINING, LIGER, PLUGIN, configuration
 
+# A folder in the working directory.
+HERE = "rows"
 DIFFUSION = "axolotl.integrations.diffusion.DiffusionPlugin"
 
 
@@ -137,16 +139,24 @@ def test_all_that_is_refused_is_told_line_by_line(tmp_path: Path) -> None:
         ({"path": "./none"}, "error", "datasets[0]: ./none does not exist"),
         ({"path": "a/folder/none"}, "error", "datasets[0]: a/folder/none does not exist"),
         ({"path": ".", "data_files": ["x.json"]}, "error", "datasets[0]: x.json does not exist"),
+        ({"path": "~/rows.jsonl"}, "error", "~/rows.jsonl does not exist (~ is expanded by a shell, not in a YAML file"),
+        ({"path": f"{HERE}/none"}, "note", f"datasets[0]: {HERE}/none is no folder here, and is looked for on the hub"),
         ({"path": "owner/name"}, "ok", "trains with"),
         ({"path": "owner/name", "data_files": "x.json"}, "ok", "trains with"),
         ({"path": "https://where.ever/x.jsonl"}, "ok", "trains with"),
         ({"message_property_mappings": {"role": "from"}}, "ok", "trains with"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_nested_keys_and_files_of_data_sets(
-    tmp_path: Path, dataset: dict[str, Any], level: str, message: str
+    tmp_path: Path,
+    dataset: dict[str, Any],
+    level: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / HERE).mkdir()
     (tmp_path / "rows.jsonl").touch()
     own = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template"}
     found = findings(tmp_path, {"datasets": [{**own, **dataset}]})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import json
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +105,16 @@ def test_an_objective_of_ones_own() -> None:
     torch.testing.assert_close(
         focal.loss(p, statistics), -((1 - p.exp()) ** 1.5) * p, rtol=1e-12, atol=0
     )
+
+
+def test_columns_are_renamed_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets", reason="needs the extra `trl`")
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "So?", "answer": " No"}
+    Path("mine.jsonl").write_text(json.dumps(row))
+    _run("from datasets import load_dataset\n\nrows = ", {})
+    (line,) = Path("data/train.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"prompt": "So?", "completion": " No"}
 
 
 def test_the_readme_is_short() -> None:

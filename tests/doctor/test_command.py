@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from deft_plugin import cli, doctor
+from deft_plugin.doctor import check_environment
 from deft_plugin.doctor import loss as loss_room
 
 pytestmark = pytest.mark.usefixtures("trl_as_it_was")
@@ -42,6 +43,29 @@ def test_the_environment_of_the_tests_is_fit(
     assert "agree with the definition" in output
     assert "error" not in output
     assert ("Axolotl can import" in output) == (find_spec("axolotl") is not None)
+
+
+def test_of_the_environment_a_file_is_told_what_is_wrong_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text('{"peft_type": "LORA"}')
+    fine = sum(found.level == "ok" for found in check_environment())
+    lists_them = f"  ok     {fine} checks passed; `deft doctor` alone lists them"
+    status, output = run(capsys, monkeypatch, str(adapter))
+    title, *environment, of_the_file, _ = output.splitlines()
+    assert (status, title, of_the_file) == (0, "environment", str(adapter))
+    assert environment[-1] == lists_them
+    assert all(line.startswith("  note ") for line in environment[:-1])
+    # Of one that lacks something, that too, and the status says so.
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "1.8.0" if name == "trl" else version(name)
+    )
+    status, output = run(capsys, monkeypatch, str(adapter))
+    assert status == 1
+    assert "  error  trl is 1.8.0" in output
+    assert f"{fine - 1} checks passed" in output
 
 
 def test_a_version_that_does_not_fit_is_an_error(
@@ -202,6 +226,39 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
     assert "no parameter 'b'" in errors[1]
     assert "label_smoothing_factor=0.1 cannot be combined with loss_type='alpha'" in errors[2]
     assert "DoRA on lm_head" in errors[3]
+
+
+@pytest.mark.parametrize(
+    ("values", "level", "message"),
+    [
+        ({"dataset_name": "./none"}, "error", "dataset_name: ./none does not exist"),
+        ({"dataset_name": "a/b/none"}, "error", "dataset_name: a/b/none does not exist"),
+        ({"dataset_name": "data/mine"}, "note", "dataset_name: data/mine is no folder here, and is looked for on the hub"),
+        ({"dataset_name": "mine"}, "note", "dataset_name: mine is no folder here, and is looked for on the hub"),
+        ({"model_name_or_path": "/none"}, "error", "model_name_or_path: /none does not exist"),
+        ({"model_name_or_path": "owner/name"}, "note", "model_name_or_path: owner/name is no folder here"),
+        ({"chat_template_path": "none.jinja"}, "error", "chat_template_path: none.jinja does not exist"),
+        ({"datasets": [{"path": "./none"}]}, "error", "datasets[0].path: ./none does not exist"),
+        ({"dataset_name": "~/data"}, "error", "--dataset_name '~/data': ~ is expanded by a shell"),
+        ({"dataset_name": __file__}, "error", "is a file. Name its folder"),
+        ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
+        ({"gradient_accumulation_steps": 0}, "error", "gradient_accumulation_steps=0 must be a whole number"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_names_and_values_of_a_trl_file(
+    tmp_path: Path, values: dict[str, Any], level: str, message: str
+) -> None:
+    here = {"model_name_or_path": str(tmp_path), "dataset_name": str(tmp_path)}
+    path = tmp_path / "run.yaml"
+    own = {**TRL, **here, "output_dir": str(tmp_path), "loss_type": "deft", **values}
+    path.write_text(yaml.safe_dump(own))
+    found = [each for each in doctor.check_yaml(path) if each.level != "ok"]
+    assert [each.level for each in found] == [level]
+    assert message in found[0].text
+    right = {key: value for key, value in own.items() if key not in values}
+    path.write_text(yaml.safe_dump({**right, **here}))
+    assert [each.level for each in doctor.check_yaml(path)] == ["ok"]
 
 
 @pytest.mark.parametrize("path", ["triton", "quack"])

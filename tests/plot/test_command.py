@@ -99,6 +99,7 @@ def test_several_runs_are_compared_and_never_by_their_losses(
     [
         (["none"], "RUN 'none' does not exist. Choices: a run's folder, or a trainer_state.json"),
         (["empty"], "RUN 'empty' has no trainer_state.json"),
+        (["."], "RUN '.' has no trainer_state.json, nor a checkpoint-N with one. Choices: a, b, bare, own."),
         (["a", "--metric", "nlll"], "--metric 'nlll' is unknown. Choices: loss, objective_loss, nll"),
         (["own", "--metric", "nll"], "--metric 'nll' was not logged. Of the choices there are: loss"),
         (["a", "b", "--metric", "loss"], "--metric 'loss' of one objective says nothing about that of another. Choices: nll"),

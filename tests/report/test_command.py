@@ -438,6 +438,47 @@ def test_a_checkpoint_without_all_of_its_weights_is_refused(
     assert "cannot be loaded as a causal language model" in errors
 
 
+@pytest.mark.parametrize("option", ["--adapter", "--after"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "the peft_type in its adapter_config.json is None, and PEFT"),
+        ("[]", "the peft_type in its adapter_config.json is None, and PEFT"),
+        ("3", "the peft_type in its adapter_config.json is None, and PEFT"),
+        ('{"peft_type": "LORRA"}', "the peft_type in its adapter_config.json is 'LORRA', and PEFT"),
+        ('{"peft_type": ["LORA"]}', "the peft_type in its adapter_config.json is ['LORA'], and PEFT"),
+        ("{", "its adapter_config.json cannot be read"),
+        ("[" * 100_000, "its adapter_config.json cannot be read"),
+        ('{"peft_type": "LORA", "r": "x", "target_modules": ["q_proj"]}', "is no adapter for"),
+    ],
+    ids=lambda content: content[:40],
+)  # fmt: skip
+def test_an_adapter_that_is_none_is_told_in_one_line(
+    content: str, message: str, option: str, model: Path, adapter: Path, pairs: Path, run: Run, tmp_path: Path
+) -> None:  # fmt: skip
+    (adapter / "adapter_config.json").write_text(content)
+    status, errors = run(model, "--data", pairs, option, adapter, "--output", tmp_path / "out")
+    last = errors.strip().splitlines()[-1]
+    assert status == 2
+    assert last.startswith(f"deft report: {option} '{adapter}'")
+    assert message in last
+
+
+def test_an_adapter_without_weights_or_with_a_base_that_is_no_name(
+    model: Path, adapter: Path, pairs: Path, tmp_path: Path, run: Run
+) -> None:
+    config = adapter / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": 3}
+    config.write_text(json.dumps(settings))
+    arguments = (model, "--data", pairs, "--rows", 2, "--adapter", adapter)
+    status, errors = run(*arguments, "--output", tmp_path / "out")
+    assert status == 0, errors
+    (adapter / "adapter_model.safetensors").unlink()
+    status, errors = run(*arguments, "--output", tmp_path / "out")
+    assert status == 2
+    assert "has no weights: adapter_model.safetensors is not in the folder" in errors
+
+
 def test_an_adapter_of_virtual_tokens_is_refused(
     model: Path, pairs: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -472,7 +513,7 @@ def test_an_adapter_of_another_model_is_told(
         model, "--data", pairs, "--rows", 2, "--after", adapter, "--output", output
     )
     assert status == 2
-    assert f"--after '{adapter}' is no adapter for" in errors
+    assert f"--after '{adapter}': its adapter_config.json cannot be read" in errors
 
 
 @pytest.mark.parametrize("name", ["rows", "batch_size", "max_length"])

@@ -102,6 +102,18 @@ def test_names_differ(tmp_path: Path) -> None:
     assert [run.name for run in twice] == ["run (1)", "run (2)"]
 
 
+def test_runs_in_a_folder_of_runs_are_named(tmp_path: Path) -> None:
+    write_run(tmp_path / "nll")
+    write_run(tmp_path / "deft" / "checkpoint-10")
+    write_run(tmp_path / "torn" / "checkpoint-last")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match=r"has no trainer_state\.json") as refusal:
+        load_run(str(tmp_path))
+    assert str(refusal.value).endswith(f"Choices: {tmp_path / 'deft'}, {tmp_path / 'nll'}.")
+    for name in ("deft", "nll"):
+        load_run(str(tmp_path / name))
+
+
 def test_what_is_no_run_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,57 @@ def test_rows_that_trl_can_make_no_tokens_of(
     if "rows have" not in message:
         with pytest.raises(ValueError, match=f"^train_dataset:? {message}"):
             make_trainer(args, stream)
+
+
+USER, ASSISTANT = ({"role": role, "content": "So?"} for role in ("user", "assistant"))
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+@pytest.mark.parametrize(
+    ("first", "wrong", "message"),
+    [
+        ({"text": "a"}, {"text": 5}, r", row 5: the column text holds 5 \(int\), and text is needed. With values of several kinds in "
+         "text, datasets reads a text such as '5' as a number"),
+        ({"text": "a"}, {"text": {"a": 1}}, r", row 5: the column text holds \{'a': 1\} \(dict\), and text is needed"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ["b"]},
+         r", row 5: the column completion holds \['b'\] \(list\), and text, or a list of messages"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": [ASSISTANT]},
+         ", row 5: prompt and completion must both be text or both be lists of messages; they hold 'a' .* and a list with role"),
+        ({"prompt": "a", "completion": "b"}, {"prompt": [USER], "completion": [ASSISTANT]},
+         ", row 5: prompt, completion hold messages, and text in the rows before it"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": [USER], "completion": []}, ": 1 of 8 rows have no completion, .* row 5"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": [USER], "completion": 5}, r", row 5: the column completion holds 5"),
+        ({"messages": [USER, ASSISTANT]}, {"messages": []}, ": 1 of 8 rows have no messages, the first being row 5"),
+        ({"messages": [USER, ASSISTANT]}, {"messages": "x"}, r", row 5: the column messages holds 'x' \(str\), and a list of"),
+        ({"messages": [USER, ASSISTANT]}, {"messages": ["x"]}, r", row 5: the column messages holds \['x'\] \(list\), and a list of"),
+        ({"messages": [USER, ASSISTANT]}, {"messages": [USER, "x"]}, r", row 5: the column messages holds \[.*'x' \(list\), and a list of"),
+        ({"messages": [USER, ASSISTANT]}, {"messages": [{"from": "human"}]}, ", row 5: the column messages holds a list with from, and a"),
+    ],
+)  # fmt: skip
+def test_a_row_of_another_kind_than_the_first_is_named(
+    tmp_path: Path, first: dict[str, Any], wrong: dict[str, Any], message: str, loss_type: str
+) -> None:
+    """As `datasets` reads a file: of values of several kinds it makes a column of JSON."""
+    rows = [wrong if row == 5 else first for row in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"^train_dataset{message}"):
+        make_trainer(config(tmp_path, loss_type=loss_type), data)
+    # Without it there is nothing to refuse, in rows that are stored in the same column.
+    make_trainer(config(tmp_path, loss_type=loss_type), data.select([0, 1, 2, 3, 4, 6, 7]))
+
+
+def test_text_and_messages_in_one_row(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": "So?", "completion": [ASSISTANT]}])
+    refused(tmp_path, rows, "^train_dataset: prompt and completion must both be text or both be")
+
+
+def test_a_text_that_is_read_as_a_number_is_explained(tmp_path: Path) -> None:
+    """The first row has a text in the file."""
+    rows = [{"prompt": "So?", "completion": completion} for completion in (" 0", " 1", 5)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Dataset.from_json(str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"))
+    refused(tmp_path, data, r"completion holds 0 \(int\), .* kinds in completion, datasets reads a")
 
 
 MESSAGES = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "No"}]

@@ -144,11 +144,17 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"max_steps": "many"}, "invalid int value: 'many'"),
         ({"config": "none.yaml"}, "none.yaml"),
         ({"model_name_or_path": "./no-such-model"}, "./no-such-model"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 must be a whole number of at least 1"),
+        ({"per_device_eval_batch_size": -1}, "per_device_eval_batch_size=-1 must be a whole number of at least 1"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be a whole number of at least 1"),
+        ({"chat_template_path": "none.jinja"}, "--chat_template_path 'none.jinja': there is no such file or folder. Expected: a Jinja file"),
+        ({"chat_template_path": "owner/none"}, "--chat_template_path 'owner/none': there is no such file or folder here, and from the hub"),
+        ({"chat_template_path": str(ROOT / "tests")}, "with a tokenizer that has a chat template"),
         # A refusal of this package's, once the trainer is made.
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_a_user_can_put_right_is_said_in_a_line(
     own: dict[str, object],
     message: str,
@@ -162,6 +168,95 @@ def test_what_a_user_can_put_right_is_said_in_a_line(
     assert message in last_line(capsys)
 
 
+@pytest.mark.parametrize("name", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_nothing_is_trained_by_batches_of_none_under_trls_own_loss_either(
+    name: str, run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (0, -1):
+        with pytest.raises(SystemExit) as refusal:
+            cli.main(["sft", *flags({**options(run_directory), "loss_type": "nll", name: size})])
+        assert refusal.value.code == 2
+        assert f"{name}={size} must be a whole number of at least 1" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"datasets": "data"}, "datasets: 'data' must be a list of mappings, each with path."),
+        ({"datasets": ["data"]}, "datasets: ['data'] must be a list of mappings, each with path."),
+        ({"datasets": [{"path": 3}]}, "datasets[0].path 3 is no text"),
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"loss_kwargs": 3}, "loss_kwargs=3 must be a dict or JSON text"),
+        ({"loss_type": ["deft"]}, "loss_type=['deft']: Unknown objective ['deft']. Did you mean 'deft'?"),
+        ({"dataset_name": 3}, "--dataset_name 3 is no text"),
+        ({"dataset_train_split": 3}, "--dataset_train_split 3 is no text"),
+        ({"num_train_epochs": "none"}, "invalid float value: 'none'"),
+        ({"num_train_epochs": None}, "num_train_epochs: None must be a number."),
+        ({"max_steps": 1.5}, "max_steps: 1.5 must be a whole number."),
+        ({"per_device_train_batch_size": 2.0}, "per_device_train_batch_size=2.0 must be a whole number of at least 1."),
+        ({"report_to": {}}, "report_to: {} must be null or text or a list."),
+        ({"lora_target_modules": 3}, "lora_target_modules: 3 must be a list or null."),
+        ({"model_init_kwargs": 3}, "model_init_kwargs: 3 must be a mapping or text or null."),
+        ({"parallelism_config": 3}, "parallelism_config: 3 must be a mapping or null."),
+        ({"model_name_or_path": "~/model"}, "--model_name_or_path '~/model': ~ is expanded by a shell, not in a YAML"),
+        ({"dataset_name": "~/data"}, "--dataset_name '~/data': ~ is expanded by a shell, not in a YAML"),
+        ({"chat_template_path": "~/x.jinja"}, "--chat_template_path '~/x.jinja': ~ is expanded by a shell, not in"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+def test_mistakes_in_a_yaml_file_are_told_in_a_line(
+    own: dict[str, object],
+    message: str,
+    loss_type: str,
+    run_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": loss_type, **own}))
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["sft", "--config", str(path)])
+    assert refusal.value.code == 2
+    assert message in last_line(capsys)
+
+
+def test_values_of_a_yaml_file_that_trl_takes_are_taken(run_directory: Path) -> None:
+    template = run_directory / "own.jinja"
+    template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    own = {
+        "learning_rate": "1e-4",
+        "num_train_epochs": 1,
+        "report_to": ["none"],
+        "lora_target_modules": "all-linear",
+        "lora_modules_to_save": ["lm_head"],
+        "lr_scheduler_kwargs": "{}",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "seed": 1,
+        "run_name": 7,
+        "use_dora": None,
+        "dataset_name": None,
+        "datasets": [{"path": str(run_directory / "data")}],
+        "eval_strategy": "no",
+        "fsdp": [],
+        "chat_template_path": str(template),
+    }
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": "deft", **own}))
+    cli.main(["sft", "--config", str(path)])
+    assert saved_arguments(run_directory).learning_rate == 1e-4  # type: ignore[attr-defined]
+    assert 0 < logs(run_directory)[0]["mean_gate"] < 1
+
+
+def test_accelerate_launch_is_told_the_same(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**options(run_directory), "loss_type": "deft", "dataset_name": "~/data"}
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags(values)])
+    monkeypatch.delitem(sys.modules, "deft_plugin.trl.sft", raising=False)
+    with pytest.raises(ValueError, match="'~/data': ~ is expanded by a shell"):
+        runpy.run_module("deft_plugin.trl.sft", run_name="__main__")
+
+
 GOOD = '{"prompt": "So?", "completion": " No"}\n'
 
 
@@ -170,6 +265,9 @@ GOOD = '{"prompt": "So?", "completion": " No"}\n'
     [
         ({"train": GOOD + '{"prompt": "Wh'}, {}, "--dataset_name {data!r} cannot be read: {data}/train.jsonl, line 2 is no JSON"),
         ({"train": '{"question": "So?"}'}, {}, "train_dataset has the columns question. Needed are"),
+        ({"train": GOOD + '{"prompt": "Why?", "completion": 5}'}, {}, "train_dataset, row 1: the column completion holds 5 (int), and text"),
+        ({"train": '{"text": "a"}\n{"text": "b"}\n{"text": ["c"]}'}, {}, "train_dataset, row 2: the column text holds ['c'] (list), and text is"),
+        ({"train": GOOD + '{"prompt": "Why?", "completion": null}'}, {}, "1 of 2 rows have no completion, the first being row 1"),
         ({"train": ""}, {}, "--dataset_name {data!r} cannot be read: a file has no rows"),
         ({"train": GOOD}, {"eval_strategy": "steps"}, "has no split 'test'. Add it (test.jsonl in a folder)"),
         ({"train": GOOD}, {"dataset_train_split": "training"}, "has no split 'training'"),

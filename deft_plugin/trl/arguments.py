@@ -1,0 +1,86 @@
+"""What `deft sft` is told, and what is wrong with it, seen before a model or a data set is loaded."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoTokenizer
+
+from ..paths import NEEDED, TILDE, is_missing
+
+_TEMPLATES = (".jinja", ".j2")
+
+
+class Arguments(NamedTuple):
+    """What TRL's parser makes of the command line."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+
+    @property
+    def data(self) -> str:
+        """What the user has named the data with."""
+        return (
+            "datasets" if self.mixture.datasets else f"--dataset_name {self.script.dataset_name!r}"
+        )
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raise `ValueError` where there is no model, no data set, or something is wrong with a name."""
+    for mistake in find_mistakes(arguments):
+        raise ValueError(mistake)
+    if not arguments.model.model_name_or_path:
+        raise ValueError(f"--model_name_or_path is missing. {NEEDED}")
+    if not arguments.script.dataset_name and not arguments.mixture.datasets:
+        raise ValueError(f"--dataset_name is missing. {NEEDED}")
+    _check_chat_template(arguments.training.chat_template_path)
+
+
+def find_mistakes(arguments: Arguments) -> Iterator[str]:
+    """What is wrong with the names that are given, a sentence each; nothing is loaded."""
+    script = arguments.script
+    for option, name in (
+        ("--model_name_or_path", arguments.model.model_name_or_path),
+        ("--dataset_name", script.dataset_name),
+        ("--chat_template_path", arguments.training.chat_template_path),
+        ("--dataset_train_split", script.dataset_train_split),
+        ("--dataset_test_split", script.dataset_test_split),
+        *((f"datasets[{i}].path", each.path) for i, each in enumerate(arguments.mixture.datasets)),
+    ):
+        if name is not None and not isinstance(name, str):
+            yield f"{option} {name!r} is no text."
+        elif name and name.startswith("~"):
+            yield f"{option} {name!r}: {TILDE}."
+    if isinstance(script.dataset_name, str) and Path(script.dataset_name).is_file():
+        yield (
+            f"--dataset_name {script.dataset_name!r} is a file. Name its folder; the file's name says the split, as train.jsonl "
+            "does."
+        )
+
+
+def _check_chat_template(name: str | None) -> None:
+    """Look for the template where TRL does, which does so once the model is loaded."""
+    if not name or (Path(name).is_file() and name.endswith(_TEMPLATES)):
+        return
+    try:
+        if is_missing(name):
+            raise FileNotFoundError
+        AutoTokenizer.from_pretrained(name).get_chat_template()
+    except (OSError, ValueError, KeyError) as error:
+        why = textwrap.shorten(str(error), 160).rstrip(".")
+        if not Path(name).exists():
+            there_is_none = "there is no such file or folder"
+            why = (
+                f"{there_is_none} here, and from the hub it cannot be had ({why})"
+                if why
+                else there_is_none
+            )
+        raise ValueError(
+            f"--chat_template_path {name!r}: {why}. Expected: a Jinja file ({', '.join(_TEMPLATES)}), or a folder or name on the "
+            "hub with a tokenizer that has a chat template."
+        ) from None
