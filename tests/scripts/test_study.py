@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import multiprocessing
 import random
 import re
 from dataclasses import asdict, replace
@@ -276,12 +277,17 @@ def test_p_and_dft_are_one_training_and_nll_is_trls(monkeypatch: pytest.MonkeyPa
     assert (trained["nll"] - trained["trl_nll"]).norm() < 0.05 * apart
 
 
-def test_a_study_goes_on_where_it_was_left(tmp_path: Path) -> None:
+def test_a_study_goes_on_where_it_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "small.csv"
     scale = tiny_scale(learning_rates=(1e-3,), objectives=("deft",))
     study.run_study(path, scale, ["tiny"], seeds=1, workers=1)
     first = path.read_text()
     assert len(first.splitlines()) == 1 + 3
+    # Another process to import all would say nothing more.
+    forking = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forking)
     study.run_study(path, scale, ["tiny"], seeds=2, workers=1)
     assert path.read_text().startswith(first)
     assert len(path.read_text().splitlines()) == 1 + 4

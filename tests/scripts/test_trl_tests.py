@@ -65,7 +65,16 @@ def test_outcomes_without_the_plugin_and_with_it(
     assert "loss_type='deft': 1 failed, 3 passed, 1 skipped" in said
     assert "passes without the plugin only: test_needs_trls_own_loss: AssertionError: It is" in said
     assert "passes with the plugin only: test_needs_the_objective" in said
+
+    given = []
+
+    def run(checkout: Path, cache: Path, loss: str, arguments: list[str]) -> dict[str, Any]:
+        given.append(arguments)
+        return {"test_data": ("passed", "")}
+
+    monkeypatch.setattr(trl_tests, "run", run)
     assert compared("-k", "asks or data")[0] == 0
+    assert given == [["-k", "asks or data"]] * 2
 
 
 @pytest.mark.parametrize("name", [name for name in local_hub.SETS if "image" not in name])
