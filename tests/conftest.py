@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per process, no hub."""
 
 import gc
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,8 +21,17 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long comes first, or a worker is left with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Each worker begins with its part of what takes long, or one is left with it at the end."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ends = [len(others) * worker // workers for worker in range(workers + 1)]
+    # `--dist worksteal` deals the list out in as many pieces.
+    items[:] = [
+        item
+        for worker, (begin, end) in enumerate(itertools.pairwise(ends))
+        for item in (*slow[worker::workers], *others[begin:end])
+    ]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -277,9 +277,7 @@ def test_p_and_dft_are_one_training_and_nll_is_trls(monkeypatch: pytest.MonkeyPa
     assert (trained["nll"] - trained["trl_nll"]).norm() < 0.05 * apart
 
 
-def test_a_study_goes_on_where_it_was_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_study_goes_on_where_it_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "small.csv"
     scale = tiny_scale(learning_rates=(1e-3,), objectives=("deft",))
     study.run_study(path, scale, ["tiny"], seeds=1, workers=1)
