@@ -58,7 +58,7 @@ def test_it_trains_saves_merges_and_generates(tmp_path: Path) -> None:
     state = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     evaluations = [entry for entry in state["log_history"] if "eval_nll" in entry]
     # By nll: DEFT's own loss may rise while the model learns, since its gates open.
-    assert evaluations[-1]["eval_nll"] < 0.6 * evaluations[0]["eval_nll"]
+    assert evaluations[-1]["eval_nll"] < 0.75 * evaluations[0]["eval_nll"]
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
     axolotl("merge-lora", tmp_path)
