@@ -6,6 +6,7 @@ once and without torch. `errors` has the one style in which all of them fail.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 where it was used wrongly, 1 where something was found wrong.
     """
+    # Threads that spin while they wait make the others of a busy machine slow. torch reads it when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = typer.main.get_command(app)
     with may_be_cut_short():

@@ -29,7 +29,8 @@ def plot(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="A metric to draw; may be repeated. By default all that were logged but scored_tokens."
+            help="A metric to draw; may be repeated. By default all that were logged but scored_tokens; of several runs those that "
+            "they are compared by."
         ),
     ] = None,
 ) -> None:

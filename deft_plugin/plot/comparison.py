@@ -35,7 +35,9 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
                 f"--metric {name!r} of one objective says nothing about that of another. Choices: {', '.join(COMPARED)}."
             )
         if name not in COMPARED:
-            raise ValueError(f"--metric {name!r} is unknown. Choices: {', '.join(COMPARED)}.")
+            raise ValueError(
+                f"--metric {name!r} is none that several runs are compared by. Choices: {', '.join(COMPARED)}."
+            )
         if name not in logged:
             raise ValueError(
                 f"--metric {name!r} was logged by none of the runs. Of the choices there are: "
@@ -55,6 +57,11 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
         for axis, metric in zip(axes, shown, strict=False):
             draw_comparison(axis, runs, metric, LIGHT)
             axis.set_title(COMPARED[metric][0])
+            axis.label_outer()
+        # A column that ends above the last row.
+        for axis in axes[len(shown) - columns : len(shown)]:
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("optimizer step")
         for axis in axes[len(shown) :]:
             axis.remove()
         # A run may have logged some of the metrics alone.
