@@ -43,7 +43,12 @@ def check_unchanged(trainer: Any, loss_type: str) -> None:
 
 
 def check_parallelism(args: Any, objective: Objective | None) -> None:
-    """Raise `ValueError` for an objective that would couple the tokens of parts of sequences on several ranks."""
+    """Raise `ValueError` where several ranks would have another step than one, or couple the tokens of parts of sequences."""
+    if objective is not None and args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False divides by each rank's own tokens, so that a step depends on which rank has "
+            "which rows. Leave it out: it is true by default."
+        )
     parallelism = args.parallelism_config
     # What `accelerate launch` passes on; Accelerator reads the sizes from the environment too.
     if parallelism is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":

@@ -110,6 +110,13 @@ def test_coupled_tokens_of_parts_of_sequences(tmp_path: Path, size: str) -> None
     refuse(args, rf"parallelism_config\.{size}=2 .*'ema' or 'global'", **coupled)
 
 
+def test_each_ranks_own_count_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments(tmp_path, average_tokens_across_devices=False)
+    make_trainer(args, make_rows(8))
+    monkeypatch.setattr(type(args), "world_size", 2)
+    refuse(args, "average_tokens_across_devices=False divides by each rank")
+
+
 def test_collators_that_make_other_labels_or_none(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<unk>"})
