@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import nn
 
 from deft_plugin.report.causality import check_is_causal
-from deft_plugin.report.context import learned_positions
+from deft_plugin.report.context import learned_positions, positions_made_for
 from deft_plugin.report.rows import Row
 from tests.runs import write_run
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -178,4 +178,14 @@ def test_compare_without_a_run_is_told(after: list[str], run: Run) -> None:
     assert status == 2
     assert errors == (
         "deft report: --compare needs runs after it: folders, or trainer_state.json files.\n"
+    )
+
+
+def test_a_model_without_a_limit_has_none() -> None:
+    """XLNet's configuration raises an error where others have a number."""
+    config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16, vocab_size=32)
+    assert positions_made_for(transformers.XLNetLMHeadModel(config)) is None
+    assert (
+        positions_made_for(tiny_model("llama"))
+        == tiny_model("llama").config.max_position_embeddings
     )

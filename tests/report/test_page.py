@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from deft_plugin.report import analysis
+from deft_plugin.report.page import _decimals, _percent, _probability, _signed
 from deft_plugin.report.report import Options, make_report
 from tests.runs import write_run
 
@@ -207,3 +208,22 @@ def test_ten_thousand_tokens_are_below_five_megabytes(
     assert 9_900 <= tokens <= 10_000
     assert page.stat().st_size < 5e6
     assert "most silenced rows of 170" in browser(page)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (_decimals(None), "–"),
+        (_decimals(1234.5, 1), "1,234.5"),
+        (_signed(None), "–"),
+        (_signed(-0.001), "0.00"),
+        (_signed(-1.5), "−1.50"),
+        (_percent(None), "–"),
+        (_percent(0.001), "<1\u00a0%"),
+        (_percent(0.25), "25\u00a0%"),
+        (_probability(None), "–"),
+        (_probability(0.0), "0.000"),
+    ],
+)
+def test_numbers_as_they_are_read(written: str, expected: str) -> None:
+    assert written == expected
