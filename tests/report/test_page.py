@@ -213,15 +213,15 @@ def test_ten_thousand_tokens_are_below_five_megabytes(
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        (_decimals(None), "–"),
+        (_decimals(None), "\u2013"),
         (_decimals(1234.5, 1), "1,234.5"),
-        (_signed(None), "–"),
+        (_signed(None), "\u2013"),
         (_signed(-0.001), "0.00"),
-        (_signed(-1.5), "−1.50"),
-        (_percent(None), "–"),
+        (_signed(-1.5), "\u22121.50"),
+        (_percent(None), "\u2013"),
         (_percent(0.001), "<1\u00a0%"),
         (_percent(0.25), "25\u00a0%"),
-        (_probability(None), "–"),
+        (_probability(None), "\u2013"),
         (_probability(0.0), "0.000"),
     ],
 )
