@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,8 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _NAMES |= {dict: "a mapping", list: "a list", NoneType: "null"}
 # Of the loss more is said, and transformers takes a list of FSDP's options, whatever the field's type.
 _NOT_LOOKED_AT = ("loss_type", "loss_kwargs", "fsdp")
+# Of other types than their fields': PEFT divides it, and a path is text.
+_INSTEAD: dict[str, Any] = {"lora_alpha": float, "output_dir": str | None}
 
 
 def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[str]:
@@ -30,8 +33,15 @@ def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[s
         field_classes: the dataclasses whose fields its keys are.
     """
     hints = {key: hint for cls in field_classes for key, hint in get_type_hints(cls).items()}
+    hints |= {key: hint for key, hint in _INSTEAD.items() if key in hints}
     for key, value in values.items():
-        if key in hints and key not in _NOT_LOOKED_AT and not _fits(value, hints[key]):
+        if key not in hints or key in _NOT_LOOKED_AT:
+            continue
+        is_choice = any(isinstance(part, type) and issubclass(part, Enum) for part in _parts(hints[key]))
+        if isinstance(value, bool) and is_choice:
+            word = "yes" if value else "no"
+            yield f'{key}: {value!r} must be text: YAML reads {word} as {str(value).lower()}; write "{word}" in quotes.'
+        elif not _fits(value, hints[key]):
             yield f"{key}: {value!r} must be {' or '.join(map(_name, _parts(hints[key])))}."
 
 
