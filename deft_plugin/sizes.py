@@ -24,7 +24,7 @@ def check_sizes(args: Any, names: Iterable[str] = BATCH_SIZES, or_none: Iterable
     Args:
         args: training arguments.
         names: of the sizes.
-        or_none: names of those that may be None.
+        or_none: names of those that may be None, or "auto", as TRL's pad_to_multiple_of.
     """
     for name in names:
         if not _is_size(getattr(args, name)):
@@ -36,9 +36,9 @@ def check_sizes(args: Any, names: Iterable[str] = BATCH_SIZES, or_none: Iterable
 
 
 def size_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with sizes that may be None, by name, a sentence each."""
+    """What is wrong with sizes that may be None or "auto", by name, a sentence each."""
     for name, size in values.items():
-        if size is not None and not _is_size(size):
+        if size not in (None, "auto") and not _is_size(size):
             yield f"{name}={size!r} must be a whole number of at least 1, or left out."
 
 

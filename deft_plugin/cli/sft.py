@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -20,6 +21,18 @@ _PACKAGES = ("trl", "peft", "accelerate", "datasets")
 _TRAINING = "_inner_training_loop"
 # Of these, errors before training are about what they were asked for.
 _WRITTEN = ("accelerate.", "datasets.", "huggingface_hub.", "peft.", "transformers.", "trl.")
+# Functions that make something of settings alone, by module and name, and what those are.
+_MAKERS = {
+    ("transformers.trainer", "get_train_dataloader"): "a loader of the data with --dataloader_*",
+    ("transformers.trainer", "create_optimizer"): (
+        "an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*"
+    ),
+    ("transformers.trainer", "create_scheduler"): (
+        "a scheduler with --lr_scheduler_type, --lr_scheduler_kwargs and --warmup_steps"
+    ),
+    ("transformers.trainer_utils", "set_seed"): "random numbers with --seed",
+    ("peft.mapping_func", "get_peft_model"): "an adapter with --lora_*",
+}
 
 
 class PassedOn(TyperCommand):
@@ -84,6 +97,11 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     from datasets.exceptions import DatasetsError
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ValueError | TypeError | ImportError):
+        for frame in frames:
+            made = _MAKERS.get((str(frame.f_globals.get("__name__")), frame.f_code.co_name))
+            if made:
+                return f"Cannot make {made}: {error}"
     if any(frame.f_code.co_name == _TRAINING for frame in frames):
         return None
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
@@ -95,6 +113,11 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
         return _without_split(error.args[0], arguments)
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
+        return str(error)
+    if reason := _why_no_folder(error, arguments) or _why_no_init(error, frames[-1], arguments):
+        return reason
+    if isinstance(error, RuntimeError) and raiser.startswith("transformers.integrations."):
+        # A reporter that is not installed.
         return str(error)
     if not isinstance(error, ValueError | OSError | ImportError) or not raiser.startswith(_WRITTEN):
         return None
@@ -117,6 +140,26 @@ def _without_split(split: object, arguments: Arguments) -> str | None:
         f"{arguments.data} has no split {split!r}. Add it{file}, or name another with --dataset_train_split and "
         "--dataset_test_split. Only with --eval_strategy is one to test on needed."
     )
+
+
+def _why_no_folder(error: Exception, arguments: Arguments) -> str | None:
+    """What is wrong with the folder to write to, where it or one above it cannot be made."""
+    folder = Path(arguments.training.output_dir)
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    if Path(error.filename) not in (folder, *folder.parents):
+        return None
+    return f"--output_dir {str(folder)!r} cannot be made: {error.strerror}."
+
+
+def _why_no_init(error: Exception, frame: FrameType, arguments: Arguments) -> str | None:
+    """Which of --model_init_kwargs the model's class does not take."""
+    given = arguments.training.model_init_kwargs or {}
+    if not isinstance(error, TypeError) or frame.f_code.co_name != "from_pretrained":
+        return None
+    if any(f"unexpected keyword argument {name!r}" in str(error) for name in given):
+        return f"--model_init_kwargs: {error}."
+    return None
 
 
 def _why_no_model(error: Exception, arguments: Arguments) -> str | None:

@@ -21,8 +21,9 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _NAMES |= {dict: "a mapping", list: "a list", NoneType: "null"}
 # Of the loss more is said, and transformers takes a list of FSDP's options, whatever the field's type.
 _NOT_LOOKED_AT = ("loss_type", "loss_kwargs", "fsdp")
-# Of other types than their fields': PEFT divides it, and a path is text.
-_INSTEAD: dict[str, Any] = {"lora_alpha": float, "output_dir": str | None}
+# Of other types than their fields': PEFT divides it.
+_INSTEAD: dict[str, Any] = {"lora_alpha": float}
+_PATHS = ("output_dir",)
 
 
 def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[str]:
@@ -37,12 +38,18 @@ def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[s
     for key, value in values.items():
         if key not in hints or key in _NOT_LOOKED_AT:
             continue
-        is_choice = any(isinstance(part, type) and issubclass(part, Enum) for part in _parts(hints[key]))
-        if isinstance(value, bool) and is_choice:
+        if isinstance(value, bool) and (key in _PATHS or _is_choice(hints[key])):
             word = "yes" if value else "no"
             yield f'{key}: {value!r} must be text: YAML reads {word} as {str(value).lower()}; write "{word}" in quotes.'
+        elif isinstance(value, int | float) and key in _PATHS:
+            yield f"{key}: {value!r} must be text: write it in quotes."
         elif not _fits(value, hints[key]):
             yield f"{key}: {value!r} must be {' or '.join(map(_name, _parts(hints[key])))}."
+
+
+def _is_choice(hint: Any) -> bool:
+    """Whether a field takes some texts alone: the parser converts these, and says which they are."""
+    return any(isinstance(part, type) and issubclass(part, Enum) for part in _parts(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
