@@ -46,5 +46,5 @@ def test_that_rows_may_have_been_too_long_is_said(base_model: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=r"has no rows\. Were all longer than sequence_len\?"):
         trainer.check_data_sets()
     cut = [{**row, "labels": [-100] * len(row["labels"])} for row in make_rows(4)]
-    with pytest.raises(ValueError, match="none of its 4 rows .* of each row and sequence_len"):
+    with pytest.raises(ValueError, match=r"none of its 4 rows .* of each row and sequence_len"):
         make_trainer(values, cut)

@@ -146,13 +146,3 @@ def test_lengths_may_be_left_open(
 ) -> None:
     args = make(config_class, tmp_path, **values)
     assert {name: getattr(args, name) for name in values} == values
-
-
-@pytest.mark.parametrize(
-    "values", [{"max_length": None}, {"pad_to_multiple_of": None}, {"pad_to_multiple_of": 8}]
-)
-def test_lengths_may_be_left_open(
-    config_class: Any, tmp_path: Path, values: dict[str, Any]
-) -> None:
-    args = make(config_class, tmp_path, **values)
-    assert {name: getattr(args, name) for name in values} == values
