@@ -45,7 +45,7 @@ def size_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
 def length_mistakes(name: str, epochs: Any, max_steps: Any) -> Iterator[str]:
     """What is wrong with a number of epochs, the setting `name`, where no number of steps takes its place."""
     if (max_steps or 0) <= 0 and not 0 < epochs < math.inf:
-        yield f"{name}={epochs!r} must be above 0, or max_steps: nothing would be trained."
+        yield f"{name}={epochs!r} must be a finite number above 0, or max_steps above 0: nothing would be trained."
 
 
 def _is_size(size: Any) -> bool:

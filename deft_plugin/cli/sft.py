@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -114,10 +113,19 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
         return _without_split(error.args[0], arguments)
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
         return str(error)
-    if reason := _why_no_folder(error, arguments) or _why_no_init(error, frames[-1], arguments):
-        return reason
-    if isinstance(error, RuntimeError) and raiser.startswith("transformers.integrations."):
-        # A reporter that is not installed.
+    raised_by = frames[-1].f_code.co_name
+    folder = Path(arguments.training.output_dir)
+    # Not a cache of datasets' or the hub's.
+    if (
+        isinstance(error, OSError)
+        and raised_by == "makedirs"
+        and Path(error.filename) in (folder, *folder.parents)
+    ):
+        return f"--output_dir {str(folder)!r} cannot be made: {error.strerror}."
+    if isinstance(error, TypeError) and raised_by == "from_pretrained":
+        return _why_no_init(error, arguments)
+    # A reporter that is not installed.
+    if type(error) is RuntimeError and raiser == "transformers.integrations.integration_utils":
         return str(error)
     if not isinstance(error, ValueError | OSError | ImportError) or not raiser.startswith(_WRITTEN):
         return None
@@ -142,21 +150,9 @@ def _without_split(split: object, arguments: Arguments) -> str | None:
     )
 
 
-def _why_no_folder(error: Exception, arguments: Arguments) -> str | None:
-    """What is wrong with the folder to write to, where it or one above it cannot be made."""
-    folder = Path(arguments.training.output_dir)
-    if not isinstance(error, OSError) or not error.filename:
-        return None
-    if Path(error.filename) not in (folder, *folder.parents):
-        return None
-    return f"--output_dir {str(folder)!r} cannot be made: {error.strerror}."
-
-
-def _why_no_init(error: Exception, frame: FrameType, arguments: Arguments) -> str | None:
+def _why_no_init(error: TypeError, arguments: Arguments) -> str | None:
     """Which of --model_init_kwargs the model's class does not take."""
     given = arguments.training.model_init_kwargs or {}
-    if not isinstance(error, TypeError) or frame.f_code.co_name != "from_pretrained":
-        return None
     if any(f"unexpected keyword argument {name!r}" in str(error) for name in given):
         return f"--model_init_kwargs: {error}."
     return None

@@ -159,8 +159,14 @@ def test_what_would_train_another_objective_is_refused_with_what_to_do_instead(
         ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be"),
         ({"eval_batch_size": -1}, "eval_batch_size=-1 must be"),
         ({"sequence_len": 0}, "sequence_len=0 must be"),
-        ({"num_epochs": 0, "max_steps": None}, "num_epochs=0.0 must be above 0, or max_steps"),
-        ({"num_epochs": float("nan"), "max_steps": -1}, "num_epochs=nan must be above 0"),
+        (
+            {"num_epochs": 0, "max_steps": None},
+            "num_epochs=0.0 must be a finite number above 0, or max_steps",
+        ),
+        (
+            {"num_epochs": float("nan"), "max_steps": -1},
+            "num_epochs=nan must be a finite number above 0",
+        ),
     ],
     ids=str,
 )

@@ -154,8 +154,8 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         # A refusal of this package's, once the trainer is made.
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
         ({"max_length": -5}, "max_length=-5 must be a whole number of at least 1"),
-        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be above 0, or max_steps: nothing would be trained"),
-        ({"num_train_epochs": "nan", "max_steps": 0}, "num_train_epochs=nan must be above 0"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
+        ({"num_train_epochs": "nan", "max_steps": 0}, "num_train_epochs=nan must be a finite number above 0"),
         ({"metric_for_best_model": "eval_nope"}, "metric_for_best_model='eval_nope' is no metric of an evaluation. Choices: loss, objective_loss, nll"),
         # What transformers, torch and PEFT raise, once the model is loaded or the training prepared.
         ({"report_to": "swanlab"}, "SwanLabCallback requires swanlab to be installed"),
