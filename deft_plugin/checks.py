@@ -177,6 +177,7 @@ def check_data(
     given: Any = None,
     max_length: int | None = None,
     end: int | None = None,
+    left_out_above: str | None = None,
 ) -> None:
     """Raise `ValueError` for a data set that cannot be trained on, and warn of rows that train nothing.
 
@@ -189,6 +190,7 @@ def check_data(
         given: what the trainer prepared it from row by row, to count those that it dropped.
         max_length: what the trainer has cut rows to, leaving out those without a label then; or None.
         end: the end-of-text token, to count rows that were cut before it; or None.
+        left_out_above: the setting by which longer rows have been left out or cut before the trainer was made, if any.
 
     Raises:
         ValueError: no rows; no token to train on in any row; ids outside the model's vocabulary; columns of
@@ -209,7 +211,8 @@ def check_data(
     if isinstance(given, Dataset) and max_length is not None:
         dropped = len(given) - counts.rows
     if not counts.rows and dropped <= 0:
-        raise ValueError(f"{name} has no rows.")
+        why = f" Were all longer than {left_out_above}?" if left_out_above else ""
+        raise ValueError(f"{name} has no rows.{why}")
     if counts.outside:
         column, (rows, first, token) = next(iter(counts.outside.items()))
         raise ValueError(
@@ -226,7 +229,7 @@ def check_data(
     if counts.unscored == counts.rows:
         raise ValueError(
             f"{name}: none of its {counts.rows + max(dropped, 0):,} rows has a token to train on{within}. "
-            "Check the labels, the prompt's part of each row and max_length."
+            f"Check the labels, the prompt's part of each row and {left_out_above or 'max_length'}."
         )
     if not warn:
         return

@@ -42,6 +42,8 @@ class GatedTrainerMixin(Trainer):
     _gating: GatedTraining | None = None
     # Whether the trainer's own prediction_step takes logits from a forward pass without labels.
     _predicts_logits = False
+    # The setting by which longer rows have been left out or cut before the trainer was made, if any.
+    _left_out_above: str | None = None
 
     @property
     def gating(self) -> GatedTraining | None:
@@ -90,7 +92,13 @@ class GatedTrainerMixin(Trainer):
         for attribute in ("train_dataset", "eval_dataset"):
             for name, dataset in data_sets_of(attribute, getattr(self, attribute)).items():
                 warn = self.is_world_process_zero()
-                check_data(name, dataset, self._gating.head.model, warn=warn)
+                check_data(
+                    name,
+                    dataset,
+                    self._gating.head.model,
+                    warn=warn,
+                    left_out_above=self._left_out_above,
+                )
 
     def check_batches(self, batches: Sequence[Any]) -> None:
         """Raise `ValueError` for a step's batches that cannot be cut into parts for several ranks."""

@@ -15,11 +15,13 @@ from ..objectives import objective_names
 from ..objectives.registry import describe_parameters, objective_class
 from ..ops import PATHS, CoreSettings
 from ..parallelism import check_couples_no_parts
+from ..sizes import length_mistakes, size_mistakes
 from ..training import TrainingSettings, build_for_trainer, split_parameters
 from .adjustments import DEFAULT_OBJECTIVE
 from .conflicts import find_conflicts
 
 INPUT_ARGS = f"{__name__}.DEFTArgs"
+_SIZES = ("micro_batch_size", "gradient_accumulation_steps", "eval_batch_size", "sequence_len")
 
 
 def is_listed(cfg: Mapping[str, Any]) -> bool:
@@ -92,7 +94,8 @@ class DEFTArgs(BaseModel):
 
     Raises:
         pydantic.ValidationError: an unknown objective or parameter or one of the wrong type; a key that
-            starts with `deft` and is none of these; a key of Axolotl's under which another objective would be trained.
+            starts with `deft` and is none of these; a key of Axolotl's under which another objective would be trained, or
+            nothing.
     """
 
     deft: DEFTSettings = Field(
@@ -116,6 +119,20 @@ class DEFTArgs(BaseModel):
         if problems:
             raise ValueError("deft_plugin: " + "\n  ".join(problems))
         return data
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        # Axolotl's own keys, of which its schema has made numbers.
+        values = {name: getattr(self, name, None) for name in (*_SIZES, "max_steps", "plugins")}
+        if not is_listed(values):
+            return self
+        problems = [
+            *size_mistakes({name: values[name] for name in _SIZES}),
+            *length_mistakes("num_epochs", getattr(self, "num_epochs", 1), values["max_steps"]),
+        ]
+        if problems:
+            raise ValueError("deft_plugin: " + "\n  ".join(problems))
+        return self
 
     @field_validator("deft", mode="before")
     @classmethod

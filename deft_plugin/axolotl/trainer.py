@@ -40,6 +40,8 @@ class DEFTTrainer(GatedTrainerMixin, AxolotlTrainer, _PerplexityOfTokens):
     `install` gives the model its gated head; without it, nothing can be trained or evaluated.
     """
 
+    _left_out_above = "sequence_len"
+
     @property
     def gating(self) -> GatedTraining:
         if self._gating is None:

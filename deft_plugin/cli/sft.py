@@ -20,6 +20,18 @@ _PACKAGES = ("trl", "peft", "accelerate", "datasets")
 _TRAINING = "_inner_training_loop"
 # Of these, errors before training are about what they were asked for.
 _WRITTEN = ("accelerate.", "datasets.", "huggingface_hub.", "peft.", "transformers.", "trl.")
+# Functions that make something of settings alone, by module and name, and what those are.
+_MAKERS = {
+    ("transformers.trainer", "get_train_dataloader"): "a loader of the data with --dataloader_*",
+    ("transformers.trainer", "create_optimizer"): (
+        "an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*"
+    ),
+    ("transformers.trainer", "create_scheduler"): (
+        "a scheduler with --lr_scheduler_type, --lr_scheduler_kwargs and --warmup_steps"
+    ),
+    ("transformers.trainer_utils", "set_seed"): "random numbers with --seed",
+    ("peft.mapping_func", "get_peft_model"): "an adapter with --lora_*",
+}
 
 
 class PassedOn(TyperCommand):
@@ -84,6 +96,11 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     from datasets.exceptions import DatasetsError
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, ValueError | TypeError | ImportError):
+        for frame in frames:
+            made = _MAKERS.get((str(frame.f_globals.get("__name__")), frame.f_code.co_name))
+            if made:
+                return f"Cannot make {made}: {error}"
     if any(frame.f_code.co_name == _TRAINING for frame in frames):
         return None
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
@@ -95,6 +112,20 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
         return _without_split(error.args[0], arguments)
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
+        return str(error)
+    raised_by = frames[-1].f_code.co_name
+    folder = Path(arguments.training.output_dir)
+    # Not a cache of datasets' or the hub's.
+    if (
+        isinstance(error, OSError)
+        and raised_by == "makedirs"
+        and Path(error.filename) in (folder, *folder.parents)
+    ):
+        return f"--output_dir {str(folder)!r} cannot be made: {error.strerror}."
+    if isinstance(error, TypeError) and raised_by == "from_pretrained":
+        return _why_no_init(error, arguments)
+    # A reporter that is not installed.
+    if type(error) is RuntimeError and raiser == "transformers.integrations.integration_utils":
         return str(error)
     if not isinstance(error, ValueError | OSError | ImportError) or not raiser.startswith(_WRITTEN):
         return None
@@ -117,6 +148,14 @@ def _without_split(split: object, arguments: Arguments) -> str | None:
         f"{arguments.data} has no split {split!r}. Add it{file}, or name another with --dataset_train_split and "
         "--dataset_test_split. Only with --eval_strategy is one to test on needed."
     )
+
+
+def _why_no_init(error: TypeError, arguments: Arguments) -> str | None:
+    """Which of --model_init_kwargs the model's class does not take."""
+    given = arguments.training.model_init_kwargs or {}
+    if any(f"unexpected keyword argument {name!r}" in str(error) for name in given):
+        return f"--model_init_kwargs: {error}."
+    return None
 
 
 def _why_no_model(error: Exception, arguments: Arguments) -> str | None:

@@ -21,6 +21,7 @@ from ..head import causal_lm_of, check_model
 from ..metrics import is_best_smallest
 from ..objectives import Objective
 from ..ops.availability import resolve_path
+from ..sizes import check_sizes
 from ..trainer import GatedTrainerMixin, earlier_head_on, keep_ligers_other_kernels
 from ..training import build_for_trainer, parse_parameters, split_parameters
 
@@ -48,7 +49,7 @@ class GatedTrainer(GatedTrainerMixin):
             `deft_plugin.linear_gated_loss`) and histograms.
 
     Raises:
-        ValueError: before data is touched, for an unknown loss_type or parameter, label smoothing, a
+        ValueError: before data is touched, for an unknown loss_type or parameter, batches of nothing, label smoothing, a
             compute_loss_func, a subclass with a loss of its own on logits, an objective that couples the tokens of
             parts of sequences, a path that cannot run, a model that is no causal LM, a collator that makes other labels
             or none; after it, for a model that cannot have a gated head (see `deft_plugin.add_gated_head`) or has
@@ -99,6 +100,7 @@ def _check_conflicts(
     objective: Objective,
 ) -> None:
     """Raise `ValueError` for a set-up in which the objective would not be what trains."""
+    check_sizes(args)
     check_other_losses(args, arguments.get("compute_loss_func"), objective.name)
     check_parallelism(args, objective)
     instead = "Use it with transformers.Trainer, or use GatedTrainer."

@@ -9,9 +9,22 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
+from ..metrics import METRICS, SKIPPING_METRICS
 from ..paths import NEEDED, TILDE, is_missing
+from ..sizes import length_mistakes
+from .config import objective_of
 
 _TEMPLATES = (".jinja", ".j2")
+# Of an evaluation's metrics, what transformers and TRL add to this package's.
+_OTHERS_METRICS = (
+    "loss",
+    "aux_loss",
+    "num_tokens",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+)
 
 
 class Arguments(NamedTuple):
@@ -42,12 +55,12 @@ def check_arguments(arguments: Arguments) -> None:
 
 
 def find_mistakes(arguments: Arguments) -> Iterator[str]:
-    """What is wrong with the names that are given, a sentence each; nothing is loaded."""
-    script = arguments.script
+    """What is wrong with what is given, a sentence each; nothing is loaded."""
+    script, training = arguments.script, arguments.training
     for option, name in (
         ("--model_name_or_path", arguments.model.model_name_or_path),
         ("--dataset_name", script.dataset_name),
-        ("--chat_template_path", arguments.training.chat_template_path),
+        ("--chat_template_path", training.chat_template_path),
         ("--dataset_train_split", script.dataset_train_split),
         ("--dataset_test_split", script.dataset_test_split),
         *((f"datasets[{i}].path", each.path) for i, each in enumerate(arguments.mixture.datasets)),
@@ -60,6 +73,22 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
         yield (
             f"--dataset_name {script.dataset_name!r} is a file. Name its folder; the file's name says the split, as train.jsonl "
             "does."
+        )
+    yield from length_mistakes("num_train_epochs", training.num_train_epochs, training.max_steps)
+    yield from _unknown_metric(training)
+
+
+def _unknown_metric(training: Any) -> Iterator[str]:
+    """A `metric_for_best_model` that no evaluation will have, since the command adds no metrics of the user's own."""
+    metric = str(training.metric_for_best_model or "loss").removeprefix("eval_")
+    known = (*METRICS, *SKIPPING_METRICS, *_OTHERS_METRICS)
+    # Of memory transformers has metrics of many names.
+    if metric in known or metric.startswith("mem_") or training.eval_strategy == "no":
+        return
+    if objective_of(training) is not None:
+        yield (
+            f"metric_for_best_model={training.metric_for_best_model!r} is no metric of an evaluation. Choices: loss, "
+            f"{', '.join(METRICS)}."
         )
 
 

@@ -17,6 +17,7 @@ from ..checks import data_sets_of
 
 Row = Mapping[str, Any]
 _PAIR = ("prompt", "completion")
+_IMAGES = {"image", "images"}
 # Columns of messages: the keys by which TRL knows them, and what they are to have.
 _CONVERSATIONS = {
     "messages": (("role",), "role and content"),
@@ -24,13 +25,16 @@ _CONVERSATIONS = {
 }
 
 
-def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
+def check_columns(
+    name: str, dataset: Any, text_field: str = "text", with_images: bool = True
+) -> None:
     """Raise `ValueError` for rows of which TRL cannot make tokens.
 
     Args:
         name: of the data set, for messages.
         dataset: as a trainer is given it; what is neither a `Dataset`, a stream nor a dict of such is not looked at.
         text_field: the column of plain text, `SFTConfig.dataset_text_field`.
+        with_images: whether to look at rows with images too, which not TRL prepares but its collator reads, or the user's.
 
     Raises:
         ValueError: several splits to train on; none of the columns that TRL takes; something else in them than text or
@@ -43,8 +47,10 @@ def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
         if not isinstance(part, Dataset | IterableDataset):
             continue
         row = next(iter(part), None)
-        # Tokens already, or images, which a collator reads; tables, with which TRL does not begin.
-        if not isinstance(row, Mapping) or {"input_ids", "image", "images"} & row.keys():
+        # Tokens already; tables, with which TRL does not begin.
+        if not isinstance(row, Mapping) or "input_ids" in row:
+            continue
+        if not with_images and _IMAGES & row.keys():
             continue
         is_stored = isinstance(part, Dataset) and part.format["type"] != "custom"
         mixed = _mixed_columns(part, text_field) if is_stored else []
@@ -57,11 +63,23 @@ def check_columns(name: str, dataset: Any, text_field: str = "text") -> None:
             why = f" With values of several kinds in {' and '.join(texts)}, datasets reads a text such as '5' as a number."
             raise ValueError(f"{error}{why if texts else ''}") from None
         if is_stored:
-            _check_absent(each, part, columns)
+            # A list of no images is a row of text alone.
+            images = ("image",) if "image" in row else ()
+            _check_absent(each, part, (*columns, *images))
 
 
 def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
     """The columns that every row needs, of those that tokens are made of."""
+    if _IMAGES & row.keys():
+        # In the order of TRL's collator, which knows no conversations.
+        for column in ("messages", text_field):
+            if column in row:
+                return _used_columns(name, {column: row[column]}, text_field)
+        if "prompt" not in row:
+            raise ValueError(
+                f"{name} has the columns {_listed(row)}. With images, needed are messages, or prompt and completion. Rename "
+                "them in the file, or with dataset.rename_columns."
+            )
     if "prompt" in row:
         if "completion" not in row:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +14,7 @@ from trl.trainer import sft_trainer
 from ..metrics import METRICS, is_best_smallest
 from ..objectives import Objective, build_objective, objective_names
 from ..ops import CoreSettings
+from ..sizes import BATCH_SIZES, check_sizes
 from ..training import (
     TrainingSettings,
     build_for_trainer,
@@ -27,12 +27,8 @@ from ..training import (
 HAS_FUSED_HEAD = hasattr(sft_trainer, "add_fused_lm_head")
 # These names stay TRL's own. None is TRL 1.9's default; since 1.15 "chunked_nll" is an old name of "nll".
 TRL_LOSS_TYPES = (None, "nll", "dft", "chunked_nll")
-# Of 0 or less they end in errors of torch's, or train nothing.
-_SIZES = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-)
+# Sizes that may be None.
+_LENGTHS = ("max_length", "pad_to_multiple_of")
 # Metrics that come with an objective, and not with TRL's own loss.
 _OWN_METRICS = tuple(
     f"_{name}" for name in METRICS if name not in ("entropy", "mean_token_accuracy")
@@ -102,13 +98,6 @@ def check_metric_for_best_model(args: Any) -> None:
     )
 
 
-def _check_sizes(args: Any) -> None:
-    for name in _SIZES:
-        size = getattr(args, name)
-        if not isinstance(size, Integral) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a whole number of at least 1.")
-
-
 def extend_config_class(cls: type) -> Callable[[], None]:
     """Let `cls`, an SFTConfig class, take the objectives' names and `loss_kwargs`, in place.
 
@@ -128,7 +117,7 @@ def extend_config_class(cls: type) -> Callable[[], None]:
     # Not in __init__, which a subclass that is a dataclass does not call.
     @functools.wraps(original_post_init)
     def __post_init__(self: Any) -> None:
-        _check_sizes(self)
+        check_sizes(self, BATCH_SIZES, _LENGTHS)
         if self.loss_kwargs is not None:
             self.loss_kwargs = parse_parameters(self.loss_kwargs)
         if objective_of(self) is not None and self.greater_is_better is None:

@@ -221,7 +221,10 @@ def _check_columns(trainer: Any, arguments: dict[str, Any]) -> None:
         return
     for name in ("train_dataset", "eval_dataset"):
         check_columns(
-            name, arguments.get(name), getattr(args, "dataset_text_field", None) or "text"
+            name,
+            arguments.get(name),
+            getattr(args, "dataset_text_field", None) or "text",
+            with_images=arguments.get("data_collator") is None,
         )
 
 

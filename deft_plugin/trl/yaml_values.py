@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,9 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 _NAMES |= {dict: "a mapping", list: "a list", NoneType: "null"}
 # Of the loss more is said, and transformers takes a list of FSDP's options, whatever the field's type.
 _NOT_LOOKED_AT = ("loss_type", "loss_kwargs", "fsdp")
+# Of other types than their fields': PEFT divides it.
+_INSTEAD: dict[str, Any] = {"lora_alpha": float}
+_PATHS = ("output_dir",)
 
 
 def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[str]:
@@ -30,9 +34,22 @@ def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[s
         field_classes: the dataclasses whose fields its keys are.
     """
     hints = {key: hint for cls in field_classes for key, hint in get_type_hints(cls).items()}
+    hints |= {key: hint for key, hint in _INSTEAD.items() if key in hints}
     for key, value in values.items():
-        if key in hints and key not in _NOT_LOOKED_AT and not _fits(value, hints[key]):
+        if key not in hints or key in _NOT_LOOKED_AT:
+            continue
+        if isinstance(value, bool) and (key in _PATHS or _is_choice(hints[key])):
+            word = "yes" if value else "no"
+            yield f'{key}: {value!r} must be text: YAML reads {word} as {str(value).lower()}; write "{word}" in quotes.'
+        elif isinstance(value, int | float) and key in _PATHS:
+            yield f"{key}: {value!r} must be text: write it in quotes."
+        elif not _fits(value, hints[key]):
             yield f"{key}: {value!r} must be {' or '.join(map(_name, _parts(hints[key])))}."
+
+
+def _is_choice(hint: Any) -> bool:
+    """Whether a field takes some texts alone: the parser converts these, and says which they are."""
+    return any(isinstance(part, type) and issubclass(part, Enum) for part in _parts(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

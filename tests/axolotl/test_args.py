@@ -150,6 +150,30 @@ def test_what_would_train_another_objective_is_refused_with_what_to_do_instead(
     assert instead in message
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),
+        ({"micro_batch_size": "-2"}, "micro_batch_size=-2 must be"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 must be"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 must be"),
+        ({"eval_batch_size": -1}, "eval_batch_size=-1 must be"),
+        ({"sequence_len": 0}, "sequence_len=0 must be"),
+        (
+            {"num_epochs": 0, "max_steps": None},
+            "num_epochs=0.0 must be a finite number above 0, or max_steps",
+        ),
+        (
+            {"num_epochs": float("nan"), "max_steps": -1},
+            "num_epochs=nan must be a finite number above 0",
+        ),
+    ],
+    ids=str,
+)
+def test_what_would_train_nothing_is_refused(keys: dict[str, Any], message: str) -> None:
+    assert f"deft_plugin: {message}" in error_of(**keys)
+
+
 def test_all_conflicts_are_named_at_once() -> None:
     message = error_of(use_eaft=True, rl="dpo", deft_objectiv="nll")
     for key in ("use_eaft", "rl", "deft_objectiv"):
@@ -183,7 +207,7 @@ def test_the_way_out_of_axolotls_eaft_is_its_loss(alpha: float) -> None:
 def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() -> None:
     validate(configuration(NO_FILES, NO_FILES))
     values = configuration(NO_FILES, NO_FILES, plugins=[LIGER], use_eaft=True, deft_objectiv="nll")
-    cfg = validate({**values, "liger_cross_entropy": True})
+    cfg = validate({**values, "liger_cross_entropy": True, "gradient_accumulation_steps": -1})
     assert cfg.liger_cross_entropy is True
     manager = PluginManager.get_instance()
     assert PLUGIN in manager.plugins
@@ -215,6 +239,8 @@ def test_a_configuration_without_the_plugin_is_left_alone_after_one_with_it() ->
         },
         {"tensor_parallel_size": 2},
         {"sample_packing": True, "gradient_checkpointing": True},
+        {"num_epochs": 0, "max_steps": 5},
+        {"eval_batch_size": 2},
     ],
     ids="-".join,
 )

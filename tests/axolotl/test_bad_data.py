@@ -36,3 +36,15 @@ def test_rows_without_labels_are_counted(
         f"{name}: 1 of 4 rows have no token to train on."
         for name in ("train_dataset", "eval_dataset")
     ]
+
+
+def test_that_rows_may_have_been_too_long_is_said(base_model: Path, tmp_path: Path) -> None:
+    """Axolotl leaves rows above sequence_len out, or cuts them, before a trainer has them."""
+    values = configuration(base_model, tmp_path)
+    trainer = make_trainer(values, make_rows(4))
+    trainer.train_dataset = trainer.train_dataset.select([])
+    with pytest.raises(ValueError, match=r"has no rows\. Were all longer than sequence_len\?"):
+        trainer.check_data_sets()
+    cut = [{**row, "labels": [-100] * len(row["labels"])} for row in make_rows(4)]
+    with pytest.raises(ValueError, match=r"none of its 4 rows .* of each row and sequence_len"):
+        make_trainer(values, cut)

@@ -50,6 +50,7 @@ def test_a_valid_file_is_told_with_its_objective(tmp_path: Path) -> None:
         ({"deft": {"histograms": "yes"}}, "deft.histograms: 'yes'"),
         ({"micro_batch_size": "many"}, "micro_batch_size"),
         ({"micro_batch_size": "many"}, "'many'"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0 must be a whole number of at least 1"),
         (
             {"learning_rte": 0.1},
             "'learning_rte', which it does not know. Did you mean 'learning_rate'?",

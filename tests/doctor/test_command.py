@@ -243,6 +243,8 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
         ({"dataset_name": __file__}, "error", "is a file. Name its folder"),
         ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
         ({"gradient_accumulation_steps": 0}, "error", "gradient_accumulation_steps=0 must be a whole number"),
+        ({"num_train_epochs": 0}, "error", "num_train_epochs=0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
+        ({"metric_for_best_model": "eval_nope", "eval_strategy": "epoch"}, "error", "metric_for_best_model='eval_nope' is no metric of"),
     ],
     ids=str,
 )  # fmt: skip

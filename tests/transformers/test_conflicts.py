@@ -51,6 +51,17 @@ def test_other_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"],
+)
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_batches_of_nothing(tmp_path: Path, name: str, size: Any) -> None:
+    args = arguments(tmp_path)
+    setattr(args, name, size)
+    refuse(args, f"{name}={size} must be a whole number of at least 1")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: setattr(t.args, "label_smoothing_factor", 0.1), "label_smoothing_factor=0.1"),

@@ -18,6 +18,7 @@ import yaml
 
 import deft_plugin
 from deft_plugin import cli
+from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,20 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"chat_template_path": str(ROOT / "tests")}, "with a tokenizer that has a chat template"),
         # A refusal of this package's, once the trainer is made.
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 cannot be combined"),
+        ({"max_length": -5}, "max_length=-5 must be a whole number of at least 1"),
+        ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
+        ({"num_train_epochs": "nan", "max_steps": 0}, "num_train_epochs=nan must be a finite number above 0"),
+        ({"metric_for_best_model": "eval_nope"}, "metric_for_best_model='eval_nope' is no metric of an evaluation. Choices: loss, objective_loss, nll"),
+        # What transformers, torch and PEFT raise, once the model is loaded or the training prepared.
+        ({"report_to": "swanlab"}, "SwanLabCallback requires swanlab to be installed"),
+        ({"learning_rate": -1}, "Cannot make an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*: Invalid learning rate: -1.0"),
+        ({"adam_beta1": 2}, "--adam_*: Invalid beta parameter at index 0: 2.0"),
+        ({"optim_args": "a"}, "--optim_args"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"nope": 2}'}, "Cannot make a scheduler with --lr_scheduler_type, --lr_scheduler_kwargs and --warmup_steps: "),
+        ({"dataloader_num_workers": -1}, "Cannot make a loader of the data with --dataloader_*: num_workers option should be non-negative"),
+        ({"lora_dropout": 1.5}, "Cannot make an adapter with --lora_*: dropout probability has to be between 0 and 1, but got 1.5"),
+        ({"seed": -1}, "Cannot make random numbers with --seed: Seed must be between 0 and"),
+        ({"output_dir": f"{__file__}/out"}, f"--output_dir '{__file__}/out' cannot be made: Not a directory."),
     ],
     ids=str,
 )  # fmt: skip
@@ -198,6 +213,9 @@ def test_nothing_is_trained_by_batches_of_none_under_trls_own_loss_either(
         ({"lora_target_modules": 3}, "lora_target_modules: 3 must be a list or null."),
         ({"model_init_kwargs": 3}, "model_init_kwargs: 3 must be a mapping or text or null."),
         ({"parallelism_config": 3}, "parallelism_config: 3 must be a mapping or null."),
+        ({"eval_strategy": False}, 'eval_strategy: False must be text: YAML reads no as false; write "no" in quotes.'),
+        ({"logging_strategy": False}, "logging_strategy: False must be text: YAML reads no as false"),
+        ({"output_dir": 5}, "output_dir: 5 must be text: write it in quotes."),
         ({"model_name_or_path": "~/model"}, "--model_name_or_path '~/model': ~ is expanded by a shell, not in a YAML"),
         ({"dataset_name": "~/data"}, "--dataset_name '~/data': ~ is expanded by a shell, not in a YAML"),
         ({"chat_template_path": "~/x.jinja"}, "--chat_template_path '~/x.jinja': ~ is expanded by a shell, not in"),
@@ -229,6 +247,7 @@ def test_values_of_a_yaml_file_that_trl_takes_are_taken(run_directory: Path) -> 
         "report_to": ["none"],
         "lora_target_modules": "all-linear",
         "lora_modules_to_save": ["lm_head"],
+        "lora_alpha": 8.5,
         "lr_scheduler_kwargs": "{}",
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "seed": 1,
@@ -342,6 +361,44 @@ def test_what_goes_wrong_in_training_keeps_its_traceback(
     monkeypatch.setattr("transformers.Trainer.training_step", torn)
     with pytest.raises(OSError, match="the disk is full"):
         cli.main(["sft", *flags(options(run_directory)), "--loss_type", "nll"])
+
+
+def test_a_fault_in_training_that_looks_like_a_settings_keeps_its_traceback(
+    run_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torn(*_: object) -> None:
+        raise ValueError("Invalid learning rate: -1.0")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", torn)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        cli.main(["sft", *flags(options(run_directory)), "--loss_type", "nll"])
+
+
+def test_debugging_shows_where_a_setting_fails(run_directory: Path) -> None:
+    values = {**options(run_directory), "learning_rate": -1, "log_level": "debug"}
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        cli.main(["sft", *flags(values), "--loss_type", "deft"])
+
+
+@pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL 1.9's command leaves model_init_kwargs out")
+def test_an_argument_that_the_model_does_not_take_is_told_in_a_line(
+    run_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**options(run_directory), "model_init_kwargs": '{"nope": 1}', "loss_type": "deft"}
+    with pytest.raises(SystemExit):
+        cli.main(["sft", *flags(values)])
+    assert re.search(r"--model_init_kwargs: .*keyword argument 'nope'\.$", last_line(capsys))
+
+
+@pytest.mark.parametrize("metric", ["eval_nll", "samples_per_second", "eval_num_tokens"])
+def test_metrics_that_an_evaluation_has_may_choose_the_checkpoint(
+    metric: str, run_directory: Path
+) -> None:
+    own = {"metric_for_best_model": metric, "load_best_model_at_end": True, "loss_type": "deft"}
+    cli.main(["sft", *flags({**options(run_directory), **own})])
+    state = json.loads((run_directory / "out/checkpoint-2/trainer_state.json").read_text())
+    (evaluation,) = (entry for entry in logs(run_directory) if "eval_loss" in entry)
+    assert state["best_metric"] == evaluation[f"eval_{metric.removeprefix('eval_')}"]
 
 
 def test_help_has_the_flags_of_trl(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,6 +124,10 @@ def test_help_names_every_objective(config_class: Any) -> None:
         ({"loss_type": "alpha", "loss_kwargs": "a=1"}, "loss_kwargs='a=1' is not JSON"),
         ({"loss_type": "alpha", "loss_kwargs": "[1]"}, "loss_kwargs.*must be a dict"),
         ({"loss_type": "alpha", "loss_kwargs": [1]}, "loss_kwargs.*must be a dict"),
+        # TRL would train on answers without their ends.
+        ({"loss_type": "deft", "max_length": -5}, "max_length=-5 must be a whole number of at"),
+        ({"loss_type": "nll", "max_length": 0}, "max_length=0 must be a whole number of at least"),
+        ({"loss_type": "deft", "pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be a whole"),
     ],
     ids=str,
 )
@@ -132,3 +136,13 @@ def test_wrong_name_or_parameter_is_refused_when_the_configuration_is_made(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(config_class, tmp_path, **{"loss_kwargs": None, **values})
+
+
+@pytest.mark.parametrize(
+    "values", [{"max_length": None}, {"pad_to_multiple_of": None}, {"pad_to_multiple_of": 8}]
+)
+def test_lengths_may_be_left_open(
+    config_class: Any, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    args = make(config_class, tmp_path, **values)
+    assert {name: getattr(args, name) for name in values} == values

@@ -211,6 +211,73 @@ def test_padding_token_of_the_processor_outside_the_vocabulary(
         )
 
 
+def changed(row: int, **columns: Any) -> Dataset:
+    """Rows of messages, of which one has these columns."""
+    return pictures(kind="messages").map(
+        lambda _, number: columns if number == row else {}, with_indices=True
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (pictures().remove_columns("completion"), "has a column prompt and none named completion, only prompt, image"),
+        (pictures().select_columns("image"), "has the columns image. With images, needed are messages, or prompt and completion"),
+        (pictures(kind="messages").rename_column("messages", "conversations"), "has the columns .* With images, needed are messages"),
+        (changed(2, image=None), "1 of 4 rows have no image, the first being row 2"),
+        (changed(2, messages=None), "1 of 4 rows have no messages, the first being row 2"),
+    ],
+)  # fmt: skip
+def test_rows_with_images_that_trls_collator_does_not_take(
+    tmp_path: Path, saved: dict[str, str], rows: Dataset, message: str, loss_type: str
+) -> None:
+    args = vision_config(tmp_path, loss_type=loss_type)
+    with pytest.raises(ValueError, match=f"^train_dataset:? {message}"):
+        make_trainer(args, rows, saved[NAMES[0]], processing_class=None)
+
+
+MESSAGES = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "No"}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options"),
+    [
+        # Rows of text alone, as TRL's documentation mixes them with others.
+        ({"messages": MESSAGES}, {}),
+        # Its collator prefers messages.
+        ({"prompt": "So?", "messages": MESSAGES}, {}),
+        ({"text": "So? No"}, {"remove_unused_columns": False}),
+    ],
+    ids=str,
+)
+def test_rows_without_images_that_trls_collator_takes(
+    tmp_path: Path, saved: dict[str, str], columns: dict[str, Any], options: dict[str, Any]
+) -> None:
+    rows = Dataset.from_list([{"images": [], **columns}] * 4)
+    args = vision_config(tmp_path, **options)
+    trainer = make_trainer(args, rows, saved[NAMES[0]], processing_class=None)
+    trainer.train()
+    assert logged(trainer, "scored_tokens")[0] > 0
+
+
+def test_a_collator_of_ones_own_reads_columns_of_any_name(
+    tmp_path: Path, saved: dict[str, str]
+) -> None:
+    args = vision_config(tmp_path, remove_unused_columns=False)
+    trls = make_trainer(args, pictures(), saved[NAMES[0]], processing_class=None).data_collator
+
+    def collator(examples: list[dict[str, Any]]) -> Any:
+        return trls([{**each, "prompt": each.pop("question")} for each in examples])
+
+    rows = pictures().rename_column("prompt", "question")
+    trainer = make_trainer(
+        args, rows, saved[NAMES[0]], processing_class=None, data_collator=collator
+    )
+    trainer.train()
+    assert logged(trainer, "scored_tokens")[0] > 0
+
+
 def test_first_batch_without_a_label_is_told(
     tmp_path: Path, saved: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
