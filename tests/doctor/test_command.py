@@ -263,6 +263,11 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
         ({"model_name_or_path": "owner/name"}, "note", "model_name_or_path: owner/name is no folder here"),
         ({"chat_template_path": "none.jinja"}, "error", "chat_template_path: none.jinja does not exist"),
         ({"datasets": [{"path": "./none"}]}, "error", "datasets[0].path: ./none does not exist"),
+        ({"datasets": [{"path": "json", "data_files": "/none.jsonl"}]}, "error", "datasets[0].data_files: /none.jsonl does not exist"),
+        ({"datasets": [{"path": "csv", "data_files": ["none"]}]}, "error", "datasets[0].data_files: none does not exist"),
+        ({"datasets": [{"path": "json", "data_files": {"train": __file__, "test": "/none"}}]}, "error", "data_files: /none does"),
+        ({"datasets": [{"path": "json", "data_dir": "/none", "data_files": "x"}]}, "error", "data_files: /none/x does not exist"),
+        ({"datasets": [{"path": str(Path(__file__).parent), "data_files": "none"}]}, "error", "tests/doctor/none does not exist"),
         ({"dataset_name": "~/data"}, "error", "--dataset_name '~/data': ~ is expanded by a shell"),
         ({"dataset_name": __file__}, "error", "is a file. Name its folder"),
         ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
@@ -282,6 +287,18 @@ def test_names_and_values_of_a_trl_file(
     assert message in found[0].text
     right = {key: value for key, value in own.items() if key not in values}
     path.write_text(yaml.safe_dump({**right, **here}))
+    assert [each.level for each in doctor.check_yaml(path)] == ["ok"]
+
+
+@pytest.mark.parametrize(
+    "data_files", [__file__, f"{Path(__file__).parent}/*.py", "hf://datasets/a/b"]
+)
+def test_a_reader_of_files_is_no_name_on_the_hub(tmp_path: Path, data_files: str) -> None:
+    own = {**TRL, "model_name_or_path": str(tmp_path), "output_dir": str(tmp_path)}
+    del own["dataset_name"]
+    path = tmp_path / "run.yaml"
+    datasets = [{"path": "text", "data_files": data_files}]
+    path.write_text(yaml.safe_dump({**own, "loss_type": "deft", "datasets": datasets}))
     assert [each.level for each in doctor.check_yaml(path)] == ["ok"]
 
 
