@@ -32,7 +32,7 @@ def _in_short(findings: Iterable[Finding]) -> Iterator[Finding]:
             yield finding
         else:
             rest += 1
-    yield Finding("ok", f"{rest} findings that are no errors; `deft doctor` alone lists them")
+    yield Finding("ok", f"the rest ({rest} findings) is listed by `deft doctor` alone")
 
 
 def _print(title: str, findings: Iterable[Finding]) -> bool:

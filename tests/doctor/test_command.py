@@ -53,7 +53,7 @@ def test_of_the_environment_a_file_is_told_what_is_wrong_alone(
     environment = [*check_environment()]
     # Notes too: that Axolotl is not installed is nothing to one who trains with TRL.
     rest = sum(found.level != "error" for found in environment)
-    lists_them = f"  ok     {rest} findings that are no errors; `deft doctor` alone lists them"
+    lists_them = f"  ok     the rest ({rest} findings) is listed by `deft doctor` alone"
     status, output = run(capsys, monkeypatch, str(adapter))
     title, *told, of_the_file, _ = output.splitlines()
     assert (status, title, of_the_file) == (0, "environment", str(adapter))
@@ -66,7 +66,7 @@ def test_of_the_environment_a_file_is_told_what_is_wrong_alone(
     status, output = run(capsys, monkeypatch, str(adapter))
     assert status == 1
     assert "  error  trl is 1.8.0" in output
-    assert f"{rest - 1} findings that are no errors" in output
+    assert f"the rest ({rest - 1} findings)" in output
 
 
 def test_a_version_that_does_not_fit_is_an_error(
