@@ -23,6 +23,8 @@ logger = logging.getLogger("deft_plugin")
 Integers = npt.NDArray[np.int64]
 _BATCH_ROWS = 1000
 _IGNORED = -100
+# Of adapters, which may name none.
+_TASKS = (None, "CAUSAL_LM")
 _REMEDY = (
     "Load the tokenizer that belongs to the model, or call "
     "model.resize_token_embeddings(len(tokenizer))."
@@ -47,6 +49,40 @@ def check_weights(model: nn.Module) -> None:
                 f"The weight {name} has {count:,} NaN of {parameter.numel():,} numbers: the checkpoint is "
                 "damaged or was saved after training diverged. Training on it would change nothing."
             )
+
+
+def check_modules_to_save(model: nn.Module) -> None:
+    """Raise `ValueError` where an adapter's `modules_to_save` names what the model does not have, which PEFT passes over."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return
+    # As PEFT looks for them.
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for config in configs.values():
+        given = getattr(config, "modules_to_save", None)
+        # For other tasks PEFT adds names of its own.
+        if not isinstance(given, list | tuple | set) or config.task_type not in _TASKS:
+            continue
+        missing = [each for each in given if not any(name.endswith(each) for name in names)]
+        if getattr(config, "trainable_token_indices", None):
+            # TRL adds it for the tokens of a chat template.
+            missing = [name for name in missing if name != "lm_head"]
+        if missing:
+            raise ValueError(
+                f"modules_to_save={list(given)!r}: the model has no {', '.join(missing)}, which would be left out without a "
+                f"word. It has {', '.join(_names_of_layers(model))}."
+            )
+
+
+def _names_of_layers(model: nn.Module) -> list[str]:
+    """What the layers with weights are called, PEFT's own left out."""
+    named = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and not any(own in name for own in ("lora_", "base_layer", "original_module", "_to_save"))
+    }
+    return sorted(name for name in named if not name.isdecimal())
 
 
 def tokenizer_of(processing_class: Any) -> Any:

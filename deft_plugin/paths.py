@@ -16,15 +16,16 @@ TILDE = "~ is expanded by a shell, not in a YAML file: write the whole path"
 
 def is_missing(name: str) -> bool:
     """Whether this is a path with nothing there."""
-    return _has_nothing_here(name) and not _may_be_on_hub(name)
+    return has_nothing_here(name) and not _may_be_on_hub(name)
 
 
 def is_left_to_the_hub(name: str) -> bool:
     """Whether there is nothing of that name here, and it has the form of one on the hub: owner/name, or a name alone."""
-    return _has_nothing_here(name) and _may_be_on_hub(name)
+    return has_nothing_here(name) and _may_be_on_hub(name)
 
 
-def _has_nothing_here(name: str) -> bool:
+def has_nothing_here(name: str) -> bool:
+    """Whether there is no file or folder of that name; what is an address or has wildcards may be one."""
     is_address_or_pattern = "://" in name or any(mark in name for mark in "*?[")
     return not is_address_or_pattern and not os.path.exists(name)
 

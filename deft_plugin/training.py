@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from . import evaluation_rows
-from .checks import check_batch, check_tokenizer, check_weights
+from .checks import check_batch, check_modules_to_save, check_tokenizer, check_weights
 from .head import GatedHead
 from .metrics import TokenMetrics
 from .objectives import Objective, build_objective
@@ -111,7 +111,8 @@ class GatedTraining(TrainerCallback):
         step_mean: what gives the objective its mean over the optimizer step; None where it needs none.
 
     Raises:
-        ValueError: a weight of the model is NaN; its tokenizer pads with a token that it does not have.
+        ValueError: a weight of the model is NaN; an adapter is to train modules that it does not have, or its tokenizer
+            pads with a token that it does not have.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class GatedTraining(TrainerCallback):
         if self._writes_log:
             # FSDP loads the weights on the first rank alone; the others may hold anything.
             check_weights(trainer.model)
+        check_modules_to_save(trainer.model)
         check_tokenizer(getattr(trainer, "processing_class", None), head.model)
         self.step_mean = StepMean(head) if head.objective.step_scope else None
         if self.step_mean is not None:

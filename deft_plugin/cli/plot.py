@@ -23,7 +23,8 @@ def plot(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="The picture: .png, .svg, .pdf. By default metrics.png beside the log of one run, deft-plot.png here for several."
+            help="The picture: .png, .svg, .pdf. By default metrics.png in the folder of one run, metrics-NAMES.png with --metric; deft-plot.png here for "
+            "several."
         ),
     ] = None,
     metric: Annotated[

@@ -12,12 +12,14 @@ from typing import Any
 
 from ..objectives import build_objective
 from .axolotl_keys import unknown_keys
-from .data_files import missing_files
+from .data_files import DATA_KEYS, missing_files
 from .finding import Finding, quiet
 from .loss import device_here, path_problems
 from .packages import is_installed
 
 AXOLOTL_PLUGIN = "deft_plugin.axolotl.DEFTPlugin"
+# What computes an attention, by Axolotl's name for it.
+_FLASH = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 # The class may be named by the module that defines it too.
 _AXOLOTL_PLUGINS = (AXOLOTL_PLUGIN, "deft_plugin.axolotl.plugin.DEFTPlugin")
 
@@ -65,6 +67,12 @@ def check_axolotl(values: Mapping[str, Any]) -> Iterator[Finding]:
             f"processor_type: {values['processor_type']}: its image processor may need torchvision, which is not "
             'installed here: pip install "deft_plugin[vision]"',
         )
+    attention = cfg.attn_implementation
+    if attention in _FLASH and not is_installed(_FLASH[attention]):
+        yield Finding(
+            "note",
+            f"attn_implementation: {attention} may need {_FLASH[attention]} where it trains, which is not installed here",
+        )
     if not any(finding.level == "error" for finding in found):
         yield Finding("ok", f"trains with {build_objective(cfg.deft_objective, parameters)!r}")
 
@@ -74,6 +82,11 @@ def _no_configuration(values: Mapping[str, Any]) -> str | None:
     plugins = values.get("plugins") or []
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         return f"plugins: {plugins!r} is not a list of names"
+    for key in DATA_KEYS:
+        datasets = values.get(key)
+        is_list = isinstance(datasets, list) and all(isinstance(each, dict) for each in datasets)
+        if datasets and not is_list:
+            return f"{key}: {datasets!r} is not a list of mappings, each with a path"
     strange = [key for key in values if not isinstance(key, str)]
     if strange:
         return f"has keys that are no text: {strange}"

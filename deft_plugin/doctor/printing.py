@@ -16,7 +16,7 @@ _STYLES = {"ok": "green", "note": "yellow", "error": "bold red"}
 
 
 def print_report(paths: Sequence[Path]) -> bool:
-    """Print what is found in the environment, in short where there are paths, then in each of them; whether there is an error."""
+    """Print what is found in the environment, of which errors alone where there are paths, then in each of them; whether there is an error."""
     environment = check_environment()
     failed = _print("environment", _in_short(environment) if paths else environment)
     for path in paths:
@@ -25,14 +25,14 @@ def print_report(paths: Sequence[Path]) -> bool:
 
 
 def _in_short(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """Findings that are not "ok", and a line for those that are."""
-    fine = 0
+    """Findings that are errors, and a line for the rest."""
+    rest = 0
     for finding in findings:
-        if finding.level == "ok":
-            fine += 1
-        else:
+        if finding.level == "error":
             yield finding
-    yield Finding("ok", f"{fine} checks passed; `deft doctor` alone lists them")
+        else:
+            rest += 1
+    yield Finding("ok", f"the rest ({rest} findings) is listed by `deft doctor` alone")
 
 
 def _print(title: str, findings: Iterable[Finding]) -> bool:

@@ -16,6 +16,16 @@ from .finding import Finding, quiet
 from .loss import path_problems
 from .packages import is_installed
 
+_NOT_SET = (
+    "loss_type is not set: TRL's own loss would be trained. Add loss_type: deft (`deft objectives` lists all), or "
+    "loss_type: nll if that is meant"
+)
+# Of TRL's own losses, by name, what trains the same here.
+_WITH_ALL_METRICS = {
+    "nll": "alpha with loss_kwargs {a: 0} is nll with all metrics",
+    "dft": "p has the gradient of dft, with all metrics",
+}
+
 
 def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether `deft sft` would train with an objective from this file, whose content is `values`."""
@@ -23,12 +33,12 @@ def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("error", "is a file of `trl sft`, and trl is not installed here")
         return
     with quiet():
-        from ..trl.config import objective_of
+        from ..trl.config import objective_of, own_loss_of
         from ..trl.sft import make_parser
 
         parser = make_parser()
     problems = [*_unknown_trl_keys(values, parser)]
-    loss_type = values.get("loss_type", parser.get_default("loss_type"))
+    loss_type = values.get("loss_type")
     loss = SimpleNamespace(loss_type=loss_type, loss_kwargs=values.get("loss_kwargs"))
     # The other keys are checked with a loss that is right.
     flags = ["--loss_type", "deft", "--loss_kwargs", "{}"]
@@ -38,12 +48,17 @@ def check_trl(path: Path, values: Mapping[str, Any]) -> Iterator[Finding]:
         problems.append(str(error))
     else:
         flags = []
-        if objective is None:
-            problems.append(f"loss_type={loss_type!r} is TRL's own loss")
+        if loss_type is None:
+            problems.append(_NOT_SET)
     problems += _trl_problems(parser, ["--config", str(path), *flags], loss_type)
     found = [*missing_files_of_trl(values), *(Finding("error", problem) for problem in problems)]
     yield from found
-    if not any(finding.level == "error" for finding in found):
+    if any(finding.level == "error" for finding in found):
+        return
+    if objective is None:
+        instead = _WITH_ALL_METRICS[own_loss_of(loss)]
+        yield Finding("note", f"loss_type: {loss_type} trains TRL's own loss; {instead}")
+    else:
         yield Finding("ok", f"trains with {objective!r} under `deft sft`")
 
 

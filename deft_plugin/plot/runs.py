@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..report.runs import Run, ends_before_its_run, load_runs
+from ..report.runs import Run, ends_before_its_run, folders_of, load_runs
 from ..telemetry import FILE_NAME, read_histograms
 from .comparison import comparison_table, plot_comparison
 from .histograms import plot_histograms
@@ -24,7 +24,8 @@ def plot_runs(
 
     Args:
         paths: folders of runs, or their trainer_state.json files.
-        output: the picture; by default metrics.png beside the log of one run, `SEVERAL` here for several.
+        output: the picture; by default metrics.png, or metrics-NAMES.png of those that were chosen, in the folder of one run,
+            `SEVERAL` here for several.
         metrics: which to draw; none for all.
 
     Returns:
@@ -41,7 +42,11 @@ def plot_runs(
         raise ValueError("Name a RUN: a folder that a trainer wrote to, or a trainer_state.json.")
     notes = [note for run in runs if (note := ends_before_its_run(run)) is not None]
     several = len(runs) > 1
-    picture = output or (Path(SEVERAL) if several else runs[0].path.with_name("metrics.png"))
+    # Not in a checkpoint's, which trainers delete.
+    folder = folders_of(runs[0].path)[-1]
+    # The picture of all is left as it is.
+    default = folder / f"{'-'.join(['metrics', *dict.fromkeys(metrics)])}.png"
+    picture = output or (Path(SEVERAL) if several else default)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if picture.suffix.removeprefix(".").lower() not in formats:
         raise ValueError(
@@ -59,9 +64,10 @@ def plot_runs(
 
 def _plot_histograms_of(run: Run, beside: Path) -> list[Path]:
     folder = run.path.parent
-    folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
     written = []
-    for file in [parent / FILE_NAME for parent in folders if (parent / FILE_NAME).exists()][:1]:
+    for file in [each / FILE_NAME for each in folders_of(run.path) if (each / FILE_NAME).exists()][
+        :1
+    ]:
         entries = read_histograms(file)
         for split in dict.fromkeys(entry.split for entry in entries):
             own = [entry for entry in entries if entry.split == split]

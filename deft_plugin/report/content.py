@@ -48,7 +48,7 @@ def content_of(
     pictures: list[Picture] = []
     numbers: dict[str, Any] = {"versions": _versions(), "options": options}
     content: dict[str, Any] = {
-        "title": "Runs compared",
+        "title": "Runs compared" if runs else "Focus and probability over training",
         "facts": [],
         "objective": options.objective,
     }

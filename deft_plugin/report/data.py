@@ -160,6 +160,8 @@ def check_texts(
             continue
         for row, value in zip(numbers or range(len(data)), data[column], strict=True):
             is_messages = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+            # Of none TRL cannot see the format, nor a chat template make a text.
+            is_messages &= bool(value)
             if not (
                 (is_messages and kind != TEXT) or (isinstance(value, str) and kind != MESSAGES)
             ):

@@ -253,7 +253,7 @@ def _objective_of(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]
 
 def _beside(state: Path, name: str, option: str) -> dict[str, Any]:
     """What a file in the run's folder holds; {} without one."""
-    files = [folder / name for folder in _folders(state) if (folder / name).is_file()]
+    files = [folder / name for folder in folders_of(state) if (folder / name).is_file()]
     return _json(files[0], option) if files else {}
 
 
@@ -321,24 +321,30 @@ def _json(path: Path, option: str) -> dict[str, Any]:
     return content
 
 
-def _folders(state: Path) -> list[Path]:
-    """The run's folder, also around a checkpoint's."""
+def folders_of(state: Path) -> list[Path]:
+    """The log's folder; where that is a checkpoint's, the run's around it too, as the last."""
     folder = state.parent
     return [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
 
 
 def _name_of(state: Path) -> str:
-    return _folders(state.resolve())[-1].name
+    return _parts_of(state)[-1]
+
+
+def _parts_of(state: Path) -> tuple[str, ...]:
+    """The path of the run's folder; of a file that is not called as trainers do, its own without the suffix."""
+    folder = folders_of(state.resolve())[-1]
+    return folder.parts if state.name == STATE else (*folder.parts, state.stem)
 
 
 def _distinct(states: Sequence[Path]) -> list[str]:
-    """The shortest ends of the folders' paths that differ."""
-    parts = [_folders(state.resolve())[-1].parts for state in states]
+    """The shortest ends of the runs' paths that differ."""
+    parts = [_parts_of(state) for state in states]
     longest = max((len(part) for part in parts), default=0)
     for length in range(1, longest + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len({*names}) == len(names):
             return names
-    # The same folder twice.
+    # The same run twice.
     names = [part[-1] for part in parts]
     return [f"{name} ({index})" for index, name in enumerate(names, 1)]

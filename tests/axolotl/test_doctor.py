@@ -144,6 +144,10 @@ def test_all_that_is_refused_is_told_line_by_line(tmp_path: Path) -> None:
         ({"path": f"{HERE}/none"}, "note", f"datasets[0]: {HERE}/none is no folder here, and is looked for on the hub"),
         ({"path": "owner/name"}, "ok", "trains with"),
         ({"path": "owner/name", "data_files": "x.json"}, "ok", "trains with"),
+        ({"path": "json", "data_files": "x.json"}, "error", "datasets[0]: x.json does not exist"),
+        ({"path": "csv", "data_files": ["rows.jsonl", "/none"]}, "error", "datasets[0]: /none does not exist"),
+        ({"path": "json", "data_files": "rows.jsonl"}, "ok", "trains with"),
+        ({"path": "json", "data_files": "*.jsonl"}, "ok", "trains with"),
         ({"path": "https://where.ever/x.jsonl"}, "ok", "trains with"),
         ({"message_property_mappings": {"role": "from"}}, "ok", "trains with"),
     ],
@@ -163,6 +167,77 @@ def test_nested_keys_and_files_of_data_sets(
     found = findings(tmp_path, {"datasets": [{**own, **dataset}]})
     assert [level] == [finding.level for finding in found if message in finding.text]
     assert any(finding.level == "error" for finding in found) == (level == "error")
+
+
+@pytest.mark.parametrize("key", ["test_datasets", "pretraining_dataset"])
+def test_files_of_other_data_sets(tmp_path: Path, key: str) -> None:
+    own = {"path": "json", "type": "completion", "data_files": [str(tmp_path / "none.jsonl")]}
+    alone = (
+        {"datasets": None, "max_steps": 1} if key == "pretraining_dataset" else {"val_set_size": 0}
+    )
+    texts = [found.text for found in findings(tmp_path, {key: [own], **alone})]
+    assert texts == [f"{key}[0]: {tmp_path / 'none.jsonl'} does not exist"]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lora_model_dir": "./none", "adapter": "lora"},
+        {"resume_from_checkpoint": "out/checkpoint-5"},
+        {"tokenizer_config": "/none"},
+        {"chat_template_jinja": "none.jinja", "chat_template": "jinja"},
+    ],
+    ids=str,
+)
+def test_what_else_is_named_is_looked_for(tmp_path: Path, keys: dict[str, str]) -> None:
+    (key, path), *_ = keys.items()
+    found = findings(tmp_path, {**keys, "lora_target_linear": True})
+    texts = [each.text for each in found if each.level == "error"]
+    assert texts == [f"{key}: {path} does not exist"]
+
+
+def test_a_template_is_none_of_a_files_names(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (ok,) = findings(tmp_path, {"chat_template": "jinja", "chat_template_jinja": template})
+    assert ok.level == "ok"
+
+
+@pytest.mark.parametrize("key", ["datasets", "test_datasets", "pretraining_dataset"])
+@pytest.mark.parametrize("datasets", ["x", ["x"], {"path": "x"}], ids=str)
+def test_datasets_that_are_no_list_of_mappings_are_named(
+    tmp_path: Path, key: str, datasets: Any
+) -> None:
+    (error,) = findings(tmp_path, {key: datasets})
+    assert error.level == "error"
+    assert error.text == f"{key}: {datasets!r} is not a list of mappings, each with a path"
+
+
+@pytest.mark.parametrize(
+    ("keys", "package"),
+    [
+        ({"flash_attention": True}, "flash-attn"),
+        ({"attn_implementation": "flash_attention_2"}, "flash-attn"),
+        ({"attn_implementation": "flash_attention_3"}, "flash-attn-3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("installed", [True, False])
+def test_flash_attention_that_is_not_installed_here_is_noted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    package: str,
+    installed: bool,
+) -> None:
+    found = room.is_installed
+    monkeypatch.setattr(
+        room, "is_installed", lambda name: installed if name == package else found(name)
+    )
+    *notes, ok = findings(tmp_path, keys)
+    assert ok.level == "ok"
+    assert [f"may need {package} where it trains" in note.text for note in notes] == (
+        [] if installed else [True]
+    )
 
 
 def test_a_base_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -65,6 +65,28 @@ def test_chosen_metrics_alone_are_drawn(plot: Plot, tmp_path: Path, drawn: list[
     assert titles(drawn[1]) == ["Scored tokens"]
 
 
+def test_a_choice_of_metrics_leaves_the_picture_of_all(plot: Plot, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    plot(run)
+    whole = (run / "metrics.png").read_bytes()
+    metrics = ["--metric", "nll", "--metric", "eval_nll", "--metric", "mean_gate"]
+    status, out, errors = plot(run, *metrics)
+    assert (status, errors) == (0, "")
+    assert out == f"Written to {run / 'metrics-nll-mean_gate.png'}\n"
+    assert (run / "metrics.png").read_bytes() == whole
+
+
+def test_no_picture_is_left_in_a_checkpoint_that_a_trainer_deletes(
+    plot: Plot, tmp_path: Path
+) -> None:
+    checkpoint = write_run(tmp_path / "run" / "checkpoint-10")
+    for named in (tmp_path / "run", checkpoint, checkpoint / "trainer_state.json"):
+        status, out, errors = plot(named)
+        assert (status, errors) == (0, "")
+        assert out == f"Written to {tmp_path / 'run' / 'metrics.png'}\n"
+    assert [each.name for each in checkpoint.iterdir()] == ["trainer_state.json"]
+
+
 def test_several_runs_are_compared_and_never_by_their_losses(
     plot: Plot, tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,7 @@ def test_a_runs_histograms_are_found_beside_its_checkpoint(tmp_path: Path) -> No
     state = checkpoint / "trainer_state.json"
     state.write_text(json.dumps({"log_history": log_history(GATED)}))
     plot.plot_runs([str(state)])
-    assert not [*checkpoint.glob("histograms_*.png")]
+    assert not [*tmp_path.glob("histograms_*.png")]
     entry = {"edges": EDGES, "gate": [1] * len(EDGES)}
     # An evaluation that was added later.
     lines = [(2, "training"), (4, "training"), (4, "eval"), (0, "eval")]
@@ -131,5 +131,5 @@ def test_a_runs_histograms_are_found_beside_its_checkpoint(tmp_path: Path) -> No
     )
     assert len(read_histograms(tmp_path / FILE_NAME)) == len(lines)
     plot.plot_runs([str(state)])
-    names = sorted(path.name for path in checkpoint.glob("*.png"))
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
     assert names == ["histograms_eval.png", "histograms_training.png", "metrics.png"]

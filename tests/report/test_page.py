@@ -146,6 +146,40 @@ def test_the_page_is_drawn_light_and_dark(
 
 
 @pytest.mark.usefixtures("quick_drawing")
+@pytest.mark.parametrize(
+    ("options", "sections", "missing"),
+    [
+        (["--compare", "a", "b"], ["runs", "words"], ["deft report MODEL --data DATA", "--run RUN"]),
+        (["--run", "a"], ["figures", "words"], ["deft report MODEL --data DATA", "--compare RUN RUN"]),
+        (["--run", "a", "--compare", "a", "b"], ["runs", "figures", "words"], ["deft report MODEL --data DATA"]),
+    ],
+    ids=["compare", "run", "both"],
+)  # fmt: skip
+def test_without_a_model_the_page_begins_with_what_it_has(
+    options: list[str],
+    sections: list[str],
+    missing: list[str],
+    tmp_path: Path,
+    run: Run,
+    browser: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, objective="deft")
+    status, errors = run(*options, "--output", "out")
+    assert status == 0, errors
+    dom = browser(tmp_path / "out" / "report.html")
+    assert Elements((tmp_path / "out" / "report.html").read_text(encoding="utf-8")).open == []
+    assert re.findall(r'<section id="(\w+)"', dom) == sections
+    assert re.findall(r'<li><a href="#(\w+)"', dom) == sections
+    # What the page has not got is told below it.
+    hints = re.findall(r'<p class="hint">[^<]*<code>(.*?)</code>', dom)
+    assert hints == missing
+    assert dom.index('<p class="hint">') > dom.rindex("</section>")
+
+
+@pytest.mark.usefixtures("quick_drawing")
 def test_hostile_text_stays_text(
     model: Path, tmp_path: Path, run: Run, browser: Callable[..., str]
 ) -> None:

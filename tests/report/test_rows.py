@@ -111,7 +111,10 @@ def test_images_are_not_left_out_without_a_word() -> None:
         ([{"messages": ["a", "b"]}], r"row 0: messages is \['a', 'b'\]"),
         ([{"text": ["a"]}], r"row 0: text is \['a'\]"),
         ([{"prompt": "a", "completion": TELL}], "prompt and completion"),
-        ([{"messages": []}, {"messages": ASK + TELL}], "cannot be prepared by TRL: list index out of range"),
+        ([{"messages": ASK + TELL}, {"messages": []}], r"row 1: messages is \[\]; it must be a list of messages"),
+        ([{"messages": []}, {"messages": ASK + TELL}], r"row 0: messages is \[\]"),
+        ([{"prompt": ASK, "completion": []}, {"prompt": ASK, "completion": TELL}], r"row 0: completion is \[\]"),
+        ([{"conversations": []}, FORMATS["conversations"]], r"row 0: conversations is \[\]"),
     ],
 )  # fmt: skip
 def test_what_is_neither_text_nor_messages_is_named_with_its_row(

@@ -102,6 +102,19 @@ def test_names_differ(tmp_path: Path) -> None:
     assert [run.name for run in twice] == ["run (1)", "run (2)"]
 
 
+def test_logs_of_other_names_are_named_by_them(tmp_path: Path) -> None:
+    state = write_run(tmp_path / "run") / "trainer_state.json"
+    paths = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "other" / "b.json"]
+    paths[2].parent.mkdir()
+    for path in paths:
+        path.write_text(state.read_text())
+    assert load_run(str(paths[0])).name == "a"
+    assert [run.name for run in load_runs([*map(str, paths[:2])])] == ["a", "b"]
+    names = [run.name for run in load_runs([*map(str, paths)])]
+    assert names == [f"{tmp_path.name}/a", f"{tmp_path.name}/b", "other/b"]
+    assert [run.name for run in load_runs([str(state), str(paths[1])])] == ["run", "b"]
+
+
 def test_runs_in_a_folder_of_runs_are_named(tmp_path: Path) -> None:
     write_run(tmp_path / "nll")
     write_run(tmp_path / "deft" / "checkpoint-10")

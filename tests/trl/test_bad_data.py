@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, LargeList, List, Value
-from peft import PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from deft_plugin.checks import check_weights, count_tokens
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -136,6 +136,22 @@ def test_nan_weights(tmp_path: Path) -> None:
     refused(
         tmp_path, make_rows(4), r"model\.layers\.1\.mlp\.up_proj\.weight has 2 NaN of", model=model
     )
+
+
+def test_modules_to_save_that_are_not_there(tmp_path: Path) -> None:
+    adapter = {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed", "embed_tokens"]}
+    message = (
+        r"modules_to_save=.*: the model has no lm_haed, which would be left out without a word\. It has down_proj, "
+        "embed_tokens, .*lm_head, norm, "
+    )
+    for task in (None, "CAUSAL_LM"):
+        lora = LoraConfig(**adapter, task_type=task)
+        refused(tmp_path, make_rows(4), message, peft_config=lora)
+        refused(tmp_path, make_rows(4), message, model=get_peft_model(qwen3(), lora))
+    # An end of a name is enough for PEFT.
+    for right in (["lm_head"], ["model.norm"], ["layers.1.input_layernorm"], []):
+        lora = LoraConfig(target_modules=["q_proj"], modules_to_save=right, task_type="CAUSAL_LM")
+        make_trainer(config(tmp_path), make_rows(4), peft_config=lora)
 
 
 def test_nan_in_the_lm_head_and_in_prompt_tuning(tmp_path: Path) -> None:
