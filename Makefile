@@ -33,8 +33,10 @@ test-trl test-axolotl test-floor test-benchmark test-kernels package: export OMP
 # Tests are compiled once, for all workers, lines and processes that they start.
 test-trl test-axolotl test-floor test-benchmark test-kernels package: export PYTHONDONTWRITEBYTECODE :=
 
+# With the public losses on top, in the environment that has all of the TRL line.
+BENCHMARK_TESTS := tests/benchmark tests/scripts/test_benchmark.py
 test-trl: $(TRL)/.ready dist
-	$(TRL)/bin/python $(PYTEST)
+	$(TRL)/bin/python $(PYTEST) $(addprefix --ignore ,$(BENCHMARK_TESTS))
 
 # Axolotl changes transformers' classes where it is imported, which the other tests are not to see. Its trl, transformers, peft and
 # accelerate are the floor's, whose run has the tests of head and trainers; here are those that need a package beside them.
@@ -52,7 +54,7 @@ test-floor: $(FLOOR)/.ready
 	$(FLOOR)/bin/python $(PYTEST) -m "not slow" $(addprefix tests/,objectives ops head trl transformers) $(addprefix --ignore ,$(MEASURES))
 
 test-benchmark: $(BENCHMARK)/.ready
-	$(BENCHMARK)/bin/python $(PYTEST) tests/benchmark tests/scripts/test_benchmark.py
+	$(BENCHMARK)/bin/python $(PYTEST) $(BENCHMARK_TESTS)
 
 # The kernels, compiled for GPUs that need not be here. make test does this too.
 test-kernels: $(TRL)/.ready

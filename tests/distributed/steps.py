@@ -26,7 +26,7 @@ from ..tiny import tiny_model
 from ..updates import trainable
 from .deepspeed_files import STAGES, filled
 
-STEPS = 5
+STEPS = 4
 MICRO_BATCHES = 4
 # Gradients are clipped in some of the steps.
 MAX_GRAD_NORM = 2.0

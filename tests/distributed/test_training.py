@@ -1,4 +1,4 @@
-"""Two and four processes train as one does: the same parameters after five steps, for every objective."""
+"""Two and four processes train as one does: the same parameters after four steps, for every objective."""
 
 from __future__ import annotations
 

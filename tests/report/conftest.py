@@ -91,11 +91,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 @pytest.fixture
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures in one dress and of few dots."""
+    """Figures in one dress, of few dots, and drawn once, not a second time to see how much room their texts take."""
+    from matplotlib.figure import Figure
+
     from deft_plugin.report.figures import dress
 
     monkeypatch.setattr(dress, "DOTS_PER_INCH", 25)
     monkeypatch.setattr(dress, "DRESSES", (dress.LIGHT,))
+    monkeypatch.setattr(Figure, "set_layout_engine", lambda *_, **__: None)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

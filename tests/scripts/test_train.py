@@ -74,7 +74,7 @@ def test_the_demo_in_miniature(scripts: Path, tmp_path: Path) -> None:
     assert 0 <= before["answer_accuracy"] <= after["answer_accuracy"] <= 1
     for name, value in after.items():
         assert f"{name.replace('_', ' ')}" in output
-        assert f"{value:.4f}" in output
+        assert (f"{value:,}" if isinstance(value, int) else f"{value:.4f}") in output
 
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_nll"] for entry in log if "eval_nll" in entry}
