@@ -22,10 +22,11 @@ demo-real: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py --model smollm2 --dataset asdiv --steps 60 --batch-size 16 --learning-rate 1e-3 \
 		--held-out-rows 128 --output runs/demo-real $(ARGUMENTS)
 
-# Once the environments are there, what takes longest comes first.
+# Installing is mostly writing: what is not needed yet is installed while tests run.
 test:
-	$(MAKE) -j 4 environments lint docs
-	$(MAKE) test-axolotl test-trl test-floor test-benchmark
+	$(MAKE) -j 3 $(TRL)/.ready $(AXOLOTL)/.examples docs
+	$(MAKE) -j 4 test-axolotl $(FLOOR)/.ready $(BENCHMARK)/.ready lint
+	$(MAKE) test-trl test-floor test-benchmark
 
 # A worker goes through the files that it was dealt, so that what a file's tests share is made once, and then takes from another.
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal
@@ -40,7 +41,7 @@ test-trl: $(TRL)/.ready dist
 
 # Axolotl changes transformers' classes where it is imported, which the other tests are not to see. Its trl, transformers, peft and
 # accelerate are the floor's, whose run has the tests of head and trainers; here are those that need a package beside them.
-BESIDE_AXOLOTL := $(addprefix tests/,distributed doctor fuzz report head/test_bases.py head/test_quantised_weight.py \
+BESIDE_AXOLOTL := $(addprefix tests/,distributed/test_parallelism.py distributed/test_trl.py doctor fuzz report head/test_bases.py head/test_quantised_weight.py \
 	ops/test_triton.py transformers/test_parallelism.py trl/test_liger.py trl/test_vision.py) $(wildcard tests/test_*.py)
 # Whole reports, in newest versions alone.
 WHOLE_REPORTS := tests/report/test_command.py tests/report/test_page.py
