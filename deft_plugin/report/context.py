@@ -55,8 +55,6 @@ def note_on_context(model: PreTrainedModel, rows: Sequence[Row], label: str) -> 
 
 def positions_made_for(model: PreTrainedModel) -> int | None:
     """What the model's configuration says; None where it does not."""
-    try:
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    except NotImplementedError:  # XLNet's has no limit, and says so.
-        return None
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # XLNet, which has no limit, says -1.
     return most if isinstance(most, int) and most > 0 else None

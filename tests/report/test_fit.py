@@ -182,7 +182,7 @@ def test_compare_without_a_run_is_told(after: list[str], run: Run) -> None:
 
 
 def test_a_model_without_a_limit_has_none() -> None:
-    """XLNet's configuration raises an error where others have a number."""
+    """XLNet's configuration says -1."""
     config = transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16, vocab_size=32)
     assert positions_made_for(transformers.XLNetLMHeadModel(config)) is None
     assert (

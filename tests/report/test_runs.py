@@ -82,6 +82,27 @@ def test_trl_s_own_nll_is_logged_as_a_loss(tmp_path: Path) -> None:
         assert figures_of(run).held_out_tokens is None
 
 
+def test_trl_s_own_nll_without_evaluations(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 10**400}, {"step": True, "loss": 1.0}]
+    state = {"global_step": 2, "log_history": history}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    (path / "objective.json").write_text(json.dumps({"loss_type": "nll"}))
+    # A number that no float holds is none, nor is a step that is no number.
+    assert load_run(str(path)).training("nll") == {1.0: 2.0}
+
+
+def test_parameters_of_an_objective_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    state = {"global_step": 1, "log_history": [{"step": 1, "loss": 2.0, "objective_loss": 2.0}]}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    record = {"loss_type": "alpha", "loss_kwargs": {"a": 0.25, "path": "chunked"}}
+    (path / "objective.json").write_text(json.dumps(record))
+    assert load_run(str(path)).objective == "alpha (a=0.25, path=chunked)"
+
+
 def test_a_run_without_evaluation_is_told_as_training(tmp_path: Path) -> None:
     run = load_run(
         write_log(
