@@ -13,7 +13,14 @@ import pytest
 from PIL import Image
 
 from deft_plugin.report import analysis
-from deft_plugin.report.page import _decimals, _percent, _probability, _signed
+from deft_plugin.report.page import (
+    PROMPT_CHARACTERS,
+    _decimals,
+    _percent,
+    _probability,
+    _shortened,
+    _signed,
+)
 from deft_plugin.report.report import Options, make_report
 from tests.runs import write_run
 
@@ -261,3 +268,12 @@ def test_ten_thousand_tokens_are_below_five_megabytes(
 )
 def test_numbers_as_they_are_read(written: str, expected: str) -> None:
     assert written == expected
+
+
+def test_a_long_prompt_keeps_its_ends() -> None:
+    text = "a" * PROMPT_CHARACTERS + "b" * 5_000 + "c" * PROMPT_CHARACTERS
+    shortened = _shortened(text)
+    assert shortened.startswith("a" * PROMPT_CHARACTERS + " [")
+    assert shortened.endswith("] " + "c" * PROMPT_CHARACTERS)
+    assert "5,000 characters left out" in shortened
+    assert _shortened(text[: 2 * PROMPT_CHARACTERS]) == text[: 2 * PROMPT_CHARACTERS]
