@@ -13,7 +13,7 @@ BENCHMARK := .venv-benchmark
 DOCS := .venv-docs
 WORKERS ?= 2
 
-.PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu docs environments clean
+.PHONY: demo demo-real test test-trl test-axolotl test-floor test-benchmark test-kernels test-gpu lint package dist benchmark measure-gpu docs clean
 
 demo: $(TRL)/.ready
 	$(TRL)/bin/python scripts/train.py
@@ -87,8 +87,6 @@ measure-gpu: $(BENCHMARK)/.ready
 # Strict: a broken link, an anchor that is not there or a page outside the navigation is an error.
 docs: $(DOCS)/.ready
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
-
-environments: $(TRL)/.ready $(BENCHMARK)/.ready $(AXOLOTL)/.ready $(AXOLOTL)/.examples $(FLOOR)/.ready
 
 # What is imported is compiled then.
 INSTALL = $(@D)/bin/python -m pip install -q --no-compile

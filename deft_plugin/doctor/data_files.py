@@ -50,18 +50,20 @@ def missing_files_of_trl(values: Mapping[str, Any]) -> Iterator[Finding]:
     named = [(key, values.get(key)) for key in keys]
     datasets = values.get("datasets")
     for index, dataset in enumerate(datasets if isinstance(datasets, list) else []):
-        if isinstance(dataset, Mapping):
-            path = dataset.get("path")
-            if not _is_reader(path):
-                named.append((f"datasets[{index}].path", path))
-                if not isinstance(path, str) or not os.path.isdir(path):
-                    continue
-            folder = "" if _is_reader(path) else str(path)
-            for file in _data_files(dataset):
-                # As `datasets` looks for them.
-                file = os.path.join(folder, str(dataset.get("data_dir") or ""), file)
-                if has_nothing_here(file):
-                    yield _missing(f"datasets[{index}].data_files", file)
+        if not isinstance(dataset, Mapping):
+            continue
+        path, folder = dataset.get("path"), ""
+        if not _is_reader(path):
+            named.append((f"datasets[{index}].path", path))
+            # Of a name on the hub, they are in that repository.
+            if not isinstance(path, str) or not os.path.isdir(path):
+                continue
+            folder = path
+        for file in _data_files(dataset):
+            # As `datasets` looks for them.
+            file = os.path.join(folder, str(dataset.get("data_dir") or ""), file)
+            if has_nothing_here(file):
+                yield _missing(f"datasets[{index}].data_files", file)
     for place, path in named:
         # Of ~ the check of the arguments tells.
         if not isinstance(path, str) or path.startswith("~"):

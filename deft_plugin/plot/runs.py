@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from ..report.runs import Run, ends_before_its_run, folders_of, load_runs
+from ..report.runs import Run, ends_before_its_run, file_beside, folders_of, load_runs
 from ..telemetry import FILE_NAME, read_histograms
 from .comparison import comparison_table, plot_comparison
 from .histograms import plot_histograms
@@ -63,16 +63,13 @@ def plot_runs(
 
 
 def _plot_histograms_of(run: Run, beside: Path) -> list[Path]:
-    folder = run.path.parent
+    file = file_beside(run.path, FILE_NAME)
+    entries = [] if file is None else read_histograms(file)
     written = []
-    for file in [each / FILE_NAME for each in folders_of(run.path) if (each / FILE_NAME).exists()][
-        :1
-    ]:
-        entries = read_histograms(file)
-        for split in dict.fromkeys(entry.split for entry in entries):
-            own = [entry for entry in entries if entry.split == split]
-            own.sort(key=lambda entry: entry.step)
-            path = beside.with_name(f"histograms_{split}{beside.suffix}")
-            plot_histograms(own, path, f"{folder}, {split}")
-            written.append(path)
+    for split in dict.fromkeys(entry.split for entry in entries):
+        own = [entry for entry in entries if entry.split == split]
+        own.sort(key=lambda entry: entry.step)
+        path = beside.with_name(f"histograms_{split}{beside.suffix}")
+        plot_histograms(own, path, f"{run.path.parent}, {split}")
+        written.append(path)
     return written

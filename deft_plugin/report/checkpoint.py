@@ -272,7 +272,7 @@ def _short(name: str) -> str:
 
 def _is_adapter(name: str) -> bool:
     if Path(name).exists():
-        return (Path(name) / "adapter_config.json").is_file()
+        return (Path(name) / CONFIG_NAME).is_file()
     try:
         PeftConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError):

@@ -253,8 +253,8 @@ def _objective_of(record: Mapping[str, Any], history: Sequence[Mapping[str, Any]
 
 def _beside(state: Path, name: str, option: str) -> dict[str, Any]:
     """What a file in the run's folder holds; {} without one."""
-    files = [folder / name for folder in folders_of(state) if (folder / name).is_file()]
-    return _json(files[0], option) if files else {}
+    file = file_beside(state, name)
+    return {} if file is None else _json(file, option)
 
 
 def _steps_of(content: Mapping[str, Any], state: Path, option: str) -> int:
@@ -319,6 +319,12 @@ def _json(path: Path, option: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{option} {str(path)!r} is no {path.name} of a trainer's.")
     return content
+
+
+def file_beside(state: Path, name: str) -> Path | None:
+    """The file of that name in the log's folder, or in the run's."""
+    files = (folder / name for folder in folders_of(state))
+    return next((file for file in files if file.is_file()), None)
 
 
 def folders_of(state: Path) -> list[Path]:

@@ -96,20 +96,16 @@ def _check_chat_template(name: str | None) -> None:
     """Look for the template where TRL does, which does so once the model is loaded."""
     if not name or (Path(name).is_file() and name.endswith(_TEMPLATES)):
         return
-    try:
-        if is_missing(name):
-            raise FileNotFoundError
-        AutoTokenizer.from_pretrained(name).get_chat_template()
-    except (OSError, ValueError, KeyError) as error:
-        why = textwrap.shorten(str(error), 160).rstrip(".")
-        if not Path(name).exists():
-            there_is_none = "there is no such file or folder"
-            why = (
-                f"{there_is_none} here, and from the hub it cannot be had ({why})"
-                if why
-                else there_is_none
-            )
-        raise ValueError(
-            f"--chat_template_path {name!r}: {why}. Expected: a Jinja file ({', '.join(_TEMPLATES)}), or a folder or name on the "
-            "hub with a tokenizer that has a chat template."
-        ) from None
+    why = "there is no such file or folder"
+    if not is_missing(name):
+        try:
+            AutoTokenizer.from_pretrained(name).get_chat_template()
+            return
+        except (OSError, ValueError, KeyError) as error:
+            said = textwrap.shorten(str(error), 160).rstrip(".")
+        is_here = Path(name).exists()
+        why = said if is_here else f"{why} here, and from the hub it cannot be had ({said})"
+    raise ValueError(
+        f"--chat_template_path {name!r}: {why}. Expected: a Jinja file ({', '.join(_TEMPLATES)}), or a folder or name on the "
+        "hub with a tokenizer that has a chat template."
+    )
