@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,16 @@ SKIPPING_METRICS = {
     "skipped_share": "share of the gradients' products, tokens times vocabulary, that was left out",
 }
 _LOWER_IS_BETTER = ("nll", "perplexity")
+# Of an evaluation's metrics, what transformers and TRL add to these.
+_OTHERS_METRICS = (
+    "loss",
+    "aux_loss",
+    "num_tokens",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+)
 # Of one forward pass, besides the histograms' counts.
 _SUMS = 14
 
@@ -38,6 +49,24 @@ def is_best_smallest(metric: str | None) -> bool:
     transformers takes every metric whose name does not end in "loss" for a score.
     """
     return (metric or "").rpartition("_")[2] in _LOWER_IS_BETTER
+
+
+def is_of_evaluations(
+    metric: str | None, data_sets: Iterable[str] = (), more: Iterable[str] = ()
+) -> bool:
+    """Whether evaluations have a `metric_for_best_model`, if no code of the user's own adds metrics.
+
+    Args:
+        metric: with or without "eval_"; None is transformers' default, the loss.
+        data_sets: names of the data sets to evaluate on, where they come in a dict, which metrics then begin with.
+        more: metrics that the trainer adds.
+    """
+    name = (metric or "loss").removeprefix("eval_")
+    known = (*METRICS, *SKIPPING_METRICS, *_OTHERS_METRICS, *more)
+    prefixes = [f"{data_set}_" for data_set in data_sets] or [""]
+    of_sets = [name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)]
+    # Of memory transformers has metrics of many names.
+    return any(each in known or each.startswith("mem_") for each in of_sets)
 
 
 class TokenMetrics:

@@ -26,27 +26,23 @@ def check_sizes(args: Any, names: Iterable[str] = BATCH_SIZES, or_none: Iterable
         names: of the sizes.
         or_none: names of those that may be None, or "auto", as TRL's pad_to_multiple_of.
     """
-    for name in names:
-        if not _is_size(getattr(args, name)):
-            raise ValueError(
-                f"{name}={getattr(args, name)!r} must be a whole number of at least 1."
-            )
-    for mistake in size_mistakes({name: getattr(args, name, None) for name in or_none}):
+    for mistake in (
+        *size_mistakes({name: getattr(args, name) for name in names}),
+        *size_mistakes({name: getattr(args, name, None) for name in or_none}, or_none=True),
+    ):
         raise ValueError(mistake)
 
 
-def size_mistakes(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with sizes that may be None or "auto", by name, a sentence each."""
+def size_mistakes(values: Mapping[str, Any], or_none: bool = False) -> Iterator[str]:
+    """What is wrong with sizes, by name, a sentence each; `or_none`: None and "auto" are no mistakes."""
     for name, size in values.items():
-        if size not in (None, "auto") and not _is_size(size):
-            yield f"{name}={size!r} must be a whole number of at least 1, or left out."
+        is_size = isinstance(size, Integral) and int(size) >= 1
+        if not is_size and not (or_none and size in (None, "auto")):
+            way_out = ", or left out" if or_none else ""
+            yield f"{name}={size!r} must be a whole number of at least 1{way_out}."
 
 
 def length_mistakes(name: str, epochs: Any, max_steps: Any) -> Iterator[str]:
     """What is wrong with a number of epochs, the setting `name`, where no number of steps takes its place."""
     if (max_steps or 0) <= 0 and not 0 < epochs < math.inf:
         yield f"{name}={epochs!r} must be a finite number above 0, or max_steps above 0: nothing would be trained."
-
-
-def _is_size(size: Any) -> bool:
-    return isinstance(size, Integral) and int(size) >= 1

@@ -27,6 +27,7 @@ from .checks import check_data, data_sets_of
 from .conflicts import check_unchanged
 from .head import GatedCausalLMOutput, GatedHead, add_gated_head, gated_head_of
 from .head.cpu_weights import keep_cpu_weights_unpacked
+from .metrics import METRICS, is_of_evaluations
 from .objectives import Objective
 from .ops import CoreSettings
 from .parallelism import check_lengths, count_tokens_of_step, scoring_parts
@@ -44,6 +45,8 @@ class GatedTrainerMixin(Trainer):
     _predicts_logits = False
     # The setting by which longer rows have been left out or cut before the trainer was made, if any.
     _left_out_above: str | None = None
+    # What the trainer's own log adds to an evaluation's metrics.
+    _more_metrics: tuple[str, ...] = ()
 
     @property
     def gating(self) -> GatedTraining | None:
@@ -85,6 +88,7 @@ class GatedTrainerMixin(Trainer):
         self._loss_shifts_labels = True
         self._gating = GatedTraining(self, head, training)
         keep_log(self, objective.name, unusual_parameters(objective))
+        _warn_of_unknown_metric(self)
 
     def check_data_sets(self) -> None:
         """Raise `ValueError` for data sets that cannot be trained on (see `checks.check_data`)."""
@@ -195,6 +199,25 @@ class GatedTrainerMixin(Trainer):
         if self._gating is not None:
             self._gating.add_means(self, logs)
         super().log(logs, *args, **kwargs)
+
+
+def _warn_of_unknown_metric(trainer: GatedTrainerMixin) -> None:
+    """Not a refusal: a callback or a subclass may add metrics of any name."""
+    args = trainer.args
+    metric = args.metric_for_best_model
+    if metric is None or trainer.compute_metrics is not None or args.eval_strategy == "no":
+        return
+    names = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
+    is_known = is_of_evaluations(metric, names, trainer._more_metrics)
+    if is_known or not trainer.is_world_process_zero():
+        return
+    logger.warning(
+        "metric_for_best_model=%r is no metric of an evaluation, and the first will stop the run, unless code of yours adds "
+        "it. Choices: %s%s.",
+        metric,
+        ", ".join(("loss", *METRICS)),
+        f", each after {' or '.join(f'{name}_' for name in names)}" if names else "",
+    )
 
 
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:

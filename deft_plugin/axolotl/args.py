@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axolotl.integrations.base import PluginManager
@@ -115,9 +115,7 @@ class DEFTArgs(BaseModel):
     def _refuse_conflicts(cls, data: Any) -> Any:
         if not is_listed(data):
             return data
-        problems = [*_unknown_keys(data), *find_conflicts(data)]
-        if problems:
-            raise ValueError("deft_plugin: " + "\n  ".join(problems))
+        _refuse([*_unknown_keys(data), *find_conflicts(data)])
         return data
 
     @model_validator(mode="after")
@@ -126,12 +124,11 @@ class DEFTArgs(BaseModel):
         values = {name: getattr(self, name, None) for name in (*_SIZES, "max_steps", "plugins")}
         if not is_listed(values):
             return self
-        problems = [
-            *size_mistakes({name: values[name] for name in _SIZES}),
+        mistakes = [
+            *size_mistakes({name: values[name] for name in _SIZES}, or_none=True),
             *length_mistakes("num_epochs", getattr(self, "num_epochs", 1), values["max_steps"]),
         ]
-        if problems:
-            raise ValueError("deft_plugin: " + "\n  ".join(problems))
+        _refuse(mistakes)
         return self
 
     @field_validator("deft", mode="before")
@@ -175,6 +172,11 @@ class DEFTArgs(BaseModel):
             if size > 1:
                 check_couples_no_parts(objective, f"{key}: {size}")
         return self
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("deft_plugin: " + "\n  ".join(problems))
 
 
 def _unknown_keys(data: dict[str, Any]) -> list[str]:

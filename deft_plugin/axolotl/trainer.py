@@ -41,6 +41,7 @@ class DEFTTrainer(GatedTrainerMixin, AxolotlTrainer, _PerplexityOfTokens):
     """
 
     _left_out_above = "sequence_len"
+    _more_metrics = ("ppl",)
 
     @property
     def gating(self) -> GatedTraining:

@@ -63,15 +63,14 @@ def sft(context: typer.Context) -> None:
     # argparse would print a page of flags before it.
     parser.error = lambda message: fail("sft", f"{message.rstrip('.')}. See deft sft --help.")
     try:
-        parsed = parser.parse_args_and_config(args=context.args)
+        arguments = Arguments(*parser.parse_args_and_config(args=context.args))
     except (ValueError, OSError, YAMLError) as error:
         fail("sft", f"{error}{_remedy(error)}")
     except (TypeError, AttributeError) as error:
         # Of values in a YAML file that their fields' types let pass.
         fail("sft", f"A value of --config has another type than is needed: {error}.")
-    arguments = Arguments(*parsed)
     try:
-        run(parsed)
+        run(arguments)
     except Exception as error:
         message = _as_the_users(error, arguments)
         if message is None or arguments.training.log_level == "debug":

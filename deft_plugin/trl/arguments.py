@@ -9,22 +9,12 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from ..metrics import METRICS, SKIPPING_METRICS
+from ..metrics import METRICS, is_of_evaluations
 from ..paths import NEEDED, TILDE, is_missing
 from ..sizes import length_mistakes
 from .config import objective_of
 
 _TEMPLATES = (".jinja", ".j2")
-# Of an evaluation's metrics, what transformers and TRL add to this package's.
-_OTHERS_METRICS = (
-    "loss",
-    "aux_loss",
-    "num_tokens",
-    "runtime",
-    "samples_per_second",
-    "steps_per_second",
-    "model_preparation_time",
-)
 
 
 class Arguments(NamedTuple):
@@ -80,12 +70,8 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
 
 def _unknown_metric(training: Any) -> Iterator[str]:
     """A `metric_for_best_model` that no evaluation will have, since the command adds no metrics of the user's own."""
-    metric = str(training.metric_for_best_model or "loss").removeprefix("eval_")
-    known = (*METRICS, *SKIPPING_METRICS, *_OTHERS_METRICS)
-    # Of memory transformers has metrics of many names.
-    if metric in known or metric.startswith("mem_") or training.eval_strategy == "no":
-        return
-    if objective_of(training) is not None:
+    is_known = is_of_evaluations(training.metric_for_best_model)
+    if not is_known and training.eval_strategy != "no" and objective_of(training) is not None:
         yield (
             f"metric_for_best_model={training.metric_for_best_model!r} is no metric of an evaluation. Choices: loss, "
             f"{', '.join(METRICS)}."

@@ -26,7 +26,12 @@ _CONVERSATIONS = {
 
 
 def check_columns(
-    name: str, dataset: Any, text_field: str = "text", with_images: bool = True
+    name: str,
+    dataset: Any,
+    text_field: str = "text",
+    *,
+    with_images: bool = True,
+    text_beside_images: bool = True,
 ) -> None:
     """Raise `ValueError` for rows of which TRL cannot make tokens.
 
@@ -35,6 +40,7 @@ def check_columns(
         dataset: as a trainer is given it; what is neither a `Dataset`, a stream nor a dict of such is not looked at.
         text_field: the column of plain text, `SFTConfig.dataset_text_field`.
         with_images: whether to look at rows with images too, which not TRL prepares but its collator reads, or the user's.
+        text_beside_images: whether plain text in such rows gets to the collator; with `remove_unused_columns` TRL drops it.
 
     Raises:
         ValueError: several splits to train on; none of the columns that TRL takes; something else in them than text or
@@ -50,8 +56,11 @@ def check_columns(
         # Tokens already; tables, with which TRL does not begin.
         if not isinstance(row, Mapping) or "input_ids" in row:
             continue
-        if not with_images and _IMAGES & row.keys():
-            continue
+        if _IMAGES & row.keys():
+            if not with_images:
+                continue
+            if not text_beside_images:
+                _check_not_text_alone(each, row, text_field)
         is_stored = isinstance(part, Dataset) and part.format["type"] != "custom"
         mixed = _mixed_columns(part, text_field) if is_stored else []
         try:
@@ -63,9 +72,17 @@ def check_columns(
             why = f" With values of several kinds in {' and '.join(texts)}, datasets reads a text such as '5' as a number."
             raise ValueError(f"{error}{why if texts else ''}") from None
         if is_stored:
-            # A list of no images is a row of text alone.
-            images = ("image",) if "image" in row else ()
-            _check_absent(each, part, (*columns, *images))
+            # TRL's reading of messages takes rows without images.
+            images = ("image", "images") if columns != ("messages",) else ("image",)
+            _check_absent(each, part, (*columns, *(column for column in images if column in row)))
+
+
+def _check_not_text_alone(name: str, row: Row, text_field: str) -> None:
+    if text_field in row and not {"messages", "prompt"} & row.keys():
+        raise ValueError(
+            f"{name} has images beside {text_field}, a column that TRL drops before its collator reads it. Set "
+            "remove_unused_columns=False, or give messages, or prompt and completion."
+        )
 
 
 def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
@@ -160,9 +177,9 @@ def _check_every_row(name: str, dataset: Dataset, text_field: str) -> None:
 def _check_absent(name: str, dataset: Dataset, columns: tuple[str, ...]) -> None:
     for column in columns:
         # Of all that is stored, selected or not.
-        if not pc.any(_is_absent(dataset.data.column(column))).as_py():
+        if not pc.any(_is_absent(column, dataset.data.column(column))).as_py():
             continue
-        rows = _is_absent(dataset.select_columns([column]).with_format("arrow")[:][column])
+        rows = _is_absent(column, dataset.select_columns([column]).with_format("arrow")[:][column])
         if count := pc.sum(rows).as_py():
             first = pc.index(rows, True).as_py()
             raise ValueError(
@@ -171,8 +188,10 @@ def _check_absent(name: str, dataset: Dataset, columns: tuple[str, ...]) -> None
             )
 
 
-def _is_absent(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Whether each value is null, or a list of no messages."""
+def _is_absent(column: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each value is null, or a list of no messages; a list of no images is a row of text alone."""
+    if column in _IMAGES:
+        return pc.is_null(values)
     if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
         return pc.equal(pc.fill_null(pc.list_value_length(values), 0), 0)
     return pc.is_null(values)

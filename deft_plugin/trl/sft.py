@@ -37,15 +37,15 @@ def make_parser() -> Any:
     return parser
 
 
-def run(parsed: tuple[Any, ...]) -> None:
+def run(arguments: Arguments) -> None:
     """Train as TRL's script does, with what the parser has made of the arguments.
 
     Raises:
         ValueError: before anything is loaded, for a name that cannot be one.
     """
-    check_arguments(Arguments(*parsed))
-    sft.main(*parsed)
+    check_arguments(arguments)
+    sft.main(*arguments)
 
 
 if __name__ == "__main__":
-    run(make_parser().parse_args_and_config())
+    run(Arguments(*make_parser().parse_args_and_config()))

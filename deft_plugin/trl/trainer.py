@@ -225,6 +225,7 @@ def _check_columns(trainer: Any, arguments: dict[str, Any]) -> None:
             arguments.get(name),
             getattr(args, "dataset_text_field", None) or "text",
             with_images=arguments.get("data_collator") is None,
+            text_beside_images=not getattr(args, "remove_unused_columns", True),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def test_an_evaluation_does_not_change_the_training_or_its_log(
 @pytest.mark.parametrize(
     ("keys", "greater_is_better"),
     [
+        ({"metric_for_best_model": "ppl"}, False),
         ({"metric_for_best_model": "eval_nll"}, False),
         ({"metric_for_best_model": "perplexity"}, False),
         ({"metric_for_best_model": "eval_mean_token_accuracy"}, True),
@@ -97,8 +99,13 @@ def test_an_evaluation_does_not_change_the_training_or_its_log(
     ],
 )
 def test_the_best_checkpoint_has_the_smallest_nll(
-    base_model: Path, tmp_path: Path, keys: dict[str, Any], greater_is_better: bool
+    base_model: Path,
+    tmp_path: Path,
+    keys: dict[str, Any],
+    greater_is_better: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.WARNING, "deft_plugin")
     values = configuration(
         base_model,
         tmp_path,
@@ -111,3 +118,4 @@ def test_the_best_checkpoint_has_the_smallest_nll(
     )
     trainer = make_trainer(values, make_rows(4), make_rows(2, seed=9))
     assert trainer.args.greater_is_better is greater_is_better
+    assert "is no metric of an evaluation" not in caplog.text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,32 @@ def test_best_checkpoint_is_chosen_by_a_metric(tmp_path: Path, metric: str, best
     assert trainer.state.best_metric == best(values)
     assert best(values) != values[-1]
     assert trainer.evaluate()[name] == pytest.approx(best(values), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_told"),
+    [
+        ("eval_ndl", True),
+        ("held_out_ppl", True),
+        ("nll", True),
+        ("held_out_nll", False),
+        (None, True),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_told_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, metric: str | None, is_told: bool
+) -> None:
+    caplog.set_level(logging.WARNING, "deft_plugin")
+    steps = dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    keys = {**steps, "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    args = arguments(tmp_path, max_steps=1, metric_for_best_model=metric, **keys)
+    trainer = make_trainer(args, make_rows(4), eval_dataset={"held_out": make_rows(4)})
+    told = [record.getMessage() for record in caplog.records if record.name == "deft_plugin"]
+    # None is the loss to transformers, and that of a dict's data sets has other names.
+    message = f"metric_for_best_model={metric or 'loss'!r} is no metric of an evaluation, .* each after held_out_"
+    assert any(re.match(message, line) for line in told) is is_told
+    with pytest.raises(KeyError, match="metric_for_best_model") if is_told else nullcontext():
+        trainer.train()
 
 
 def test_training_stops_early_when_nll_rises(tmp_path: Path) -> None:

@@ -227,6 +227,11 @@ def changed(row: int, **columns: Any) -> Dataset:
         (pictures(kind="messages").rename_column("messages", "conversations"), "has the columns .* With images, needed are messages"),
         (changed(2, image=None), "1 of 4 rows have no image, the first being row 2"),
         (changed(2, messages=None), "1 of 4 rows have no messages, the first being row 2"),
+        (Dataset.from_list([{"text": "So? No", "images": []}] * 4), "has images beside text, .* Set remove_unused_columns=False"),
+        (
+            Dataset.from_list([{"prompt": "So?", "completion": " No", "images": each} for each in ([], None, [])]),
+            "1 of 3 rows have no images, the first being row 1",
+        ),
     ],
 )  # fmt: skip
 def test_rows_with_images_that_trls_collator_does_not_take(
@@ -245,6 +250,7 @@ MESSAGES = [{"role": "user", "content": "So?"}, {"role": "assistant", "content":
     [
         # Rows of text alone, as TRL's documentation mixes them with others.
         ({"messages": MESSAGES}, {}),
+        ({"messages": MESSAGES, "images": None}, {}),
         # Its collator prefers messages.
         ({"prompt": "So?", "messages": MESSAGES}, {}),
         ({"text": "So? No"}, {"remove_unused_columns": False}),
