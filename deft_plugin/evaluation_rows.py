@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch.utils.data import BatchSampler
 
@@ -23,8 +24,10 @@ def countable(loader: Any) -> Iterator[None]:
     """Count the rows of an evaluation's stream, and see to it that no rank has fewer batches than others."""
     sampler: Any = getattr(loader, "batch_sampler", None)
     stream: Any = getattr(loader, "dataset", None)
-    if _cuts_batches(sampler) and not sampler.even_batches:
-        _tell_of_even_batches()
+    is_sharded = isinstance(sampler, BatchSamplerShard)
+    if is_sharded and not sampler.even_batches and _row_count(sampler.batch_sampler) is not None:
+        if PartialState().is_main_process:
+            _tell_of_even_batches()
         sampler.even_batches = True
     if not isinstance(stream, IterableDatasetShard):
         yield
@@ -53,7 +56,7 @@ def own_rows(loader: Any, rows: int) -> int | None:
     shard: Any
     if isinstance(sampler, BatchSamplerShard) and sampler.even_batches:
         shard = sampler
-        total = len(sampler.batch_sampler.sampler) if _cuts_batches(sampler) else None
+        total = _row_count(sampler.batch_sampler)
     elif isinstance(stream, IterableDatasetShard):
         # Workers count in processes of their own.
         shard = stream
@@ -94,9 +97,13 @@ class _Counted:
         return getattr(self.rows, name)
 
 
-def _cuts_batches(sampler: Any) -> bool:
-    """Whether the ranks' batches are cut from one list of indices; those of other samplers may be of any size."""
-    return isinstance(sampler, BatchSamplerShard) and type(sampler.batch_sampler) is BatchSampler
+def _row_count(sampler: Any) -> int | None:
+    """How many rows there are in all batches of a sampler; None for one whose batches may be of any size."""
+    if type(sampler) is BatchSampler:
+        return len(sampler.sampler)  # type: ignore[arg-type]
+    # Axolotl's, of packs, each of which is a row.
+    packs = getattr(sampler, "generate_batches", None)
+    return None if packs is None else sum(map(len, packs()))
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Around each of Trainer's methods that has to do with the loss, and nothing else:
     get_batch_samples     the objective gets ready for the optimizer step
     training_step         proof that the gated head scored the batch; its metrics
     compute_loss          no other loss has been set since; the loss of sequences in parts
+    get_*_dataloader      evaluations have all rows
     prediction_step       as training_step; logits, where asked for, of a forward pass more
     evaluation_loop, log  the metrics, for `metric_for_best_model` and the log
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +29,7 @@ from .checks import check_data, data_sets_of
 from .conflicts import check_unchanged
 from .head import GatedCausalLMOutput, GatedHead, add_gated_head, gated_head_of
 from .head.cpu_weights import keep_cpu_weights_unpacked
+from .head.substitution import attribute_of
 from .metrics import METRICS, is_of_evaluations
 from .objectives import Objective
 from .ops import CoreSettings
@@ -85,7 +88,7 @@ class GatedTrainerMixin(Trainer):
         # The trainer has looked at the model, or its backbone, before it had a gated head, which shifts labels
         # and takes num_items_in_batch whatever the model's own forward does.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = not _puts_tokens_first(self.model)
         self._gating = GatedTraining(self, head, training)
         keep_log(self, objective.name, unusual_parameters(objective))
         _warn_of_unknown_metric(self)
@@ -145,6 +148,22 @@ class GatedTrainerMixin(Trainer):
         with scoring_parts(self, num_items_in_batch):
             return super().compute_loss(model, inputs, **named)
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._with_last_rows():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with self._with_last_rows():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    def _with_last_rows(self) -> AbstractContextManager[None]:
+        """A context in which data loaders keep an incomplete last batch: figures would depend on the batch size."""
+        if self._gating is None or not self.args.dataloader_drop_last:
+            return nullcontext()
+        if self.is_world_process_zero():
+            _tell_of_last_rows()
+        return attribute_of(self.args, "dataloader_drop_last", False)
+
     def prediction_step(
         self,
         model: nn.Module,
@@ -164,6 +183,9 @@ class GatedTrainerMixin(Trainer):
                 return predict(inputs, prediction_loss_only)
         # Before the loss, for which accelerate cuts sequences, labels too, into parts in place.
         _, logits, _ = predict(without_labels(inputs), False)
+        if isinstance(logits, tuple) and ignore_keys is None:
+            # After them, some multi-modal models have an image's features, which cannot be gathered.
+            logits = logits[0]
         labels = self._prepare_input(labels.clone())
         with scoring:
             loss, _, _ = predict(inputs, True)
@@ -190,6 +212,7 @@ class GatedTrainerMixin(Trainer):
             return evaluate()
         with gating.evaluating(dataloader):
             output = evaluate()
+        _have_prepared_for_training(self)
         means = gating.eval_means(self, metric_key_prefix)
         # In the output rather than in the log alone, so that metric_for_best_model="eval_nll" works.
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})
@@ -199,6 +222,35 @@ class GatedTrainerMixin(Trainer):
         if self._gating is not None:
             self._gating.add_means(self, logs)
         super().log(logs, *args, **kwargs)
+
+
+def _puts_tokens_first(model: Any) -> bool:
+    """Whether virtual tokens come before each row's, whose first is then predicted from them, as with prompt tuning."""
+    config: Any = getattr(model, "active_peft_config", None)
+    learns_prompt = getattr(config, "is_prompt_learning", False)
+    return learns_prompt and config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def _have_prepared_for_training(trainer: Trainer) -> None:
+    """Forget that the model was prepared for an evaluation, before any training.
+
+    To accelerate a prepared model is one for training: it would go without DDP, each rank for itself.
+    """
+    model, accelerator = trainer.model, trainer.accelerator
+    has_ddp = accelerator.multi_device or accelerator.distributed_type == "MULTI_CPU"
+    if not has_ddp or trainer.is_in_train or trainer.model_wrapped is not model:
+        return
+    # Mixed precision's wrapper, which a second preparation would wrap again.
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+    accelerator._models[:] = [each for each in accelerator._models if each is not model]
+
+
+@functools.cache
+def _tell_of_last_rows() -> None:
+    logger.warning(
+        "dataloader_drop_last=True is for training alone: evaluations score the rows of their last batches too."
+    )
 
 
 def _warn_of_unknown_metric(trainer: GatedTrainerMixin) -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from axolotl.core.trainers import AxolotlTrainer
+from axolotl.utils.samplers import MultipackBatchSampler
 from transformers import Trainer
 
 from ..head import GatedCausalLMOutput
@@ -66,6 +67,16 @@ class DEFTTrainer(GatedTrainerMixin, AxolotlTrainer, _PerplexityOfTokens):
         """
         super().install(objective, core, training, output_class)
         self.check_data_sets()
+
+    def _get_eval_sampler(self, eval_dataset: Any = None) -> Any:
+        sampler = super()._get_eval_sampler(eval_dataset)
+        if isinstance(sampler, MultipackBatchSampler):
+            # Axolotl drops packs that do not fill a batch of every rank.
+            sampler.drop_last = False
+            sampler._batches = sampler._len_across_ranks = None
+            # As Axolotl does at once: the ranks agree on it.
+            len(sampler)
+        return sampler
 
     def check_batches(self, batches: Sequence[Any]) -> None:
         """Nothing to check: Axolotl's own context parallelism pads sequences before it cuts them."""

@@ -135,6 +135,51 @@ def test_two_ranks_log_what_one_process_logs(
         assert value == pytest.approx(reference, rel=1e-4), step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("eval_packing", [False, True], ids=["rows", "packs"])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_evaluation_beside_packed_training_has_every_row(
+    base_model: Path, tmp_path: Path, eval_packing: bool, batch_size: int
+) -> None:
+    """Axolotl drops the last batch, of rows or of packs, where it is not a whole one for every rank."""
+
+    def packed(rows: list[Any]) -> list[Any]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        return [
+            {**row, "length": length, "position_ids": list(range(length))}
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    eval_rows = make_rows(9, seed=9)
+    alone = make_trainer(
+        configuration(base_model, tmp_path, **{**EVAL, "eval_batch_size": 9}),
+        make_rows(4),
+        eval_rows,
+    )
+    expected = alone.evaluate()
+    assert expected["eval_scored_tokens"] == sum(
+        label != -100 for row in eval_rows for label in row["labels"][1:]
+    )
+    packing = {
+        "sample_packing": True,
+        "eval_sample_packing": eval_packing,
+        "attn_implementation": "sdpa",
+        "micro_batch_size": 1,
+        "eval_batch_size": batch_size,
+        # The weights stay as they are.
+        "learning_rate": 0.0,
+    }
+    values = configuration(base_model, tmp_path, **{**EVAL, **packing})
+    log = log_of_ranks(
+        tmp_path, 2, values, [packed(make_rows(8, shortest=22, longest=32)), packed(eval_rows)], {}
+    )
+    evaluations = [entry for entry in log["entries"] if "eval_runtime" in entry]
+    assert evaluations
+    for entry in evaluations:
+        for name in ("eval_nll", "eval_mean_gate", "eval_scored_tokens"):
+            assert entry[name] == pytest.approx(expected[name], rel=1e-4)
+
+
 # --- ranks that share a row ---
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import EarlyStoppingCallback, EvalPrediction
 
+from deft_plugin import trainer as trainer_module
 from deft_plugin.metrics import METRICS
 from tests.formula_metrics import formula_metrics
 from tests.transformers.running import arguments, make_trainer
@@ -93,6 +94,26 @@ def test_figures_of_an_evaluation_do_not_depend_on_its_batches(
             assert metrics_of(figures, prefix) == pytest.approx(expected, rel=1e-9)
         if batch_size == 8:
             assert returned[f"{prefix}loss"] == pytest.approx(expected["objective_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_an_evaluation_has_its_last_batch_whatever_training_drops(
+    tmp_path: Path, batch_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_module._tell_of_last_rows.cache_clear()
+    caplog.set_level(logging.WARNING, "deft_plugin")
+    args = arguments(tmp_path, per_device_eval_batch_size=batch_size, dataloader_drop_last=True)
+    trainer = make_trainer(args, make_rows(9), eval_dataset=ROWS)
+    expected = expected_metrics(ROWS)
+    assert metrics_of(trainer.evaluate(), "eval_") == pytest.approx(expected, rel=1e-9)
+    output = trainer.predict(ROWS)
+    assert metrics_of(output.metrics, "test_") == pytest.approx(expected, rel=1e-9)
+    told = [record.getMessage() for record in caplog.records if record.name == "deft_plugin"]
+    assert [line for line in told if "dataloader_drop_last=True is for training alone" in line]
+    # Eight of nine rows, as before.
+    trainer.train()
+    assert logged(trainer, "loss")
+    assert args.dataloader_drop_last
 
 
 def test_a_stream_trains_and_evaluates(tmp_path: Path) -> None:

@@ -13,6 +13,28 @@ from tests.transformers.running import arguments, make_trainer
 from tests.updates import assert_same_update, make_rows, update_of
 
 
+def test_ranks_train_as_one_after_an_evaluation(tmp_path: Path) -> None:
+    """accelerate takes a model that it has prepared for an evaluation for one with DDP."""
+
+    def train(batch_size: int, evaluates: bool) -> Any:
+        args = arguments(tmp_path, per_device_train_batch_size=batch_size, max_steps=2)
+        trainer = make_trainer(args, make_rows(8), eval_dataset=make_rows(3, seed=3))
+
+        def run() -> None:
+            if evaluates:
+                trainer.evaluate()
+                trainer.evaluate()
+            trainer.train()
+            trainer.evaluate()
+
+        return update_of(trainer.model, run), trainer.state.log_history[-1]["eval_nll"]
+
+    expected, nll = train(8, evaluates=False)
+    for update, ranks_nll in run_ranks(lambda rank: train(4, evaluates=True), tmp_path):
+        assert_same_update(update, expected, tolerance=1e-9)
+        assert ranks_nll == pytest.approx(nll, rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("loss_type", "loss_kwargs"),
     [("deft", {}), ("cayley_trans", {"scope": "global"}), ("cayley_trans", {"scope": "ema"})],

@@ -22,6 +22,7 @@ from peft import (
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from deft_plugin import gated_head_of
+from tests.ops.formulas import formula_losses
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trl.running import LEARNING_RATE, as_dataset, config, make_trainer
 from tests.updates import (
@@ -140,6 +141,24 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     trainer = make_trainer(config(tmp_path), make_rows(4), peft_config=virtual)
     # PEFT makes the virtual tokens in float32, and they move by less than a thousandth.
     assert_step_is_that_of_the_formula(trainer, tolerance=1e-3)
+
+
+def test_prompt_tuning_of_rows_whose_first_token_has_a_label(tmp_path: Path) -> None:
+    """It is predicted from the virtual tokens, and counts among those that the loss is divided by."""
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    rows = [{**row, "labels": row["input_ids"]} for row in make_rows(4)]
+    trainer = make_trainer(config(tmp_path), rows, peft_config=virtual)
+    model = reference(trainer.model)
+    losses = []
+    for row in rows:
+        tokens = torch.tensor(row["input_ids"])
+        logits = model(input_ids=tokens[None]).logits[0, -len(tokens) - 1 : -1]
+        losses.append(formula_losses(logits, tokens, "deft"))
+    loss = torch.cat(losses).mean()
+    update = update_of(trainer.model, trainer.train)
+    assert_same_update(update, gradient_update(model, loss, LEARNING_RATE), tolerance=1e-3)
+    assert logged(trainer, "loss") == [pytest.approx(loss.item(), rel=1e-6)]
+    assert logged(trainer, "scored_tokens") == [sum(len(row["input_ids"]) for row in rows)]
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
