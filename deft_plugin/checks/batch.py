@@ -14,6 +14,11 @@ from .vocabulary import IGNORED, REMEDY, vocabulary_sizes
 
 logger = logging.getLogger("deft_plugin")
 
+_MASK = (
+    "It stands for an image or the like, which the model cannot predict: such labels are to be -100, as with "
+    "assistant_only_loss=True, or prompt and completion."
+)
+
 
 def check_batch(name: str, batch: Mapping[str, Any], model: PreTrainedModel) -> None:
     """Raise `ValueError` for a batch with ids that the model does not have, and warn of one that trains nothing.
@@ -26,9 +31,9 @@ def check_batch(name: str, batch: Mapping[str, Any], model: PreTrainedModel) -> 
         model: the causal LM.
     """
     labels = "labels" if batch.get("labels") is not None else "shift_labels"
-    sizes = vocabulary_sizes(model)
+    sizes, placeholders = vocabulary_sizes(model), _placeholders(model)
     for column, size, others in (
-        ("input_ids", sizes["input_ids"], _placeholders(model)),
+        ("input_ids", sizes["input_ids"], placeholders),
         (labels, sizes["labels"], [IGNORED]),
     ):
         ids = batch.get(column)
@@ -37,9 +42,11 @@ def check_batch(name: str, batch: Mapping[str, Any], model: PreTrainedModel) -> 
         wrong = (ids < 0) | (ids >= size)
         wrong &= torch.isin(ids, torch.tensor(others, device=ids.device), invert=True)
         if wrong.any():
+            first = int(ids[wrong][0])
+            remedy = _MASK if first in placeholders else REMEDY
             raise ValueError(
                 f"{name}: the first batch has {int(wrong.sum()):,} {column} outside the model's vocabulary "
-                f"[0, {size:,}), the first: {int(ids[wrong][0]):,}. {REMEDY}"
+                f"[0, {size:,}), the first: {first:,}. {remedy}"
             )
     targets = batch.get("labels")
     # The first token's label is never scored. Without labels, shift_labels are a part of a sequence's.

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPrediction
 
 from deft_plugin import gated_head_of
+from deft_plugin.checks import check_batch
 from tests.formula_metrics import formula_metrics
 from tests.ops.formulas import formula_losses
 from tests.trl.running import LEARNING_RATE, config, make_trainer
@@ -196,6 +197,16 @@ def test_tokenizer_with_more_tokens_than_the_model_shows_in_the_first_batch(
     )
     with pytest.raises(ValueError, match=message):
         trainer.train()
+
+
+def test_a_label_on_an_image_that_the_model_has_no_logit_for(saved: dict[str, str]) -> None:
+    """As with Llama 3.2's, whose token for images comes after the vocabulary."""
+    model = AutoModelForImageTextToText.from_pretrained(saved[NAMES[0]])
+    model.config.image_token_id = local_hub.VOCAB_SIZE
+    ids = torch.tensor([[1, local_hub.VOCAB_SIZE, 2, 3]])
+    check_batch("train_dataset", {"input_ids": ids, "labels": ids.clamp(max=3)}, model)
+    with pytest.raises(ValueError, match=r"1 labels outside .* the first: 1,024\. .* to be -100"):
+        check_batch("train_dataset", {"input_ids": ids, "labels": ids}, model)
 
 
 def test_padding_token_of_the_processor_outside_the_vocabulary(
