@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
@@ -28,6 +30,7 @@ from ..training import build_for_trainer, parse_parameters, split_parameters
 logger = logging.getLogger("deft_plugin")
 
 _ARGUMENT_NAMES = list(inspect.signature(Trainer.__init__).parameters)[1:]
+_PADDING = (DataCollatorWithPadding, DataCollatorForSeq2Seq)
 _LABELS = {"labels", "label", "label_ids"}
 _LABELLING = "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them of input_ids."
 
@@ -126,13 +129,21 @@ def _check_collator(collator: Any) -> None:
 
 
 def _check_labels(name: str, dataset: Any, collator: Any) -> None:
-    """Refuse data without labels where the collator, transformers' default one, makes none."""
-    makes_none = collator is None or collator is default_data_collator
-    if not makes_none and type(collator) is not DataCollatorWithPadding:
+    """Refuse data without labels where the collator, one of transformers' own, makes none, or has nothing to make them of."""
+    is_default = collator is None or collator is default_data_collator
+    pads_alone = is_default or type(collator) in _PADDING
+    if not pads_alone and type(collator) is not DataCollatorForLanguageModeling:
         return
     for each, part in data_sets_of(name, dataset).items():
         columns = stored_columns(part)
-        if columns and not _LABELS & set(columns):
+        if not columns or _LABELS & set(columns):
+            continue
+        if "input_ids" not in columns:
+            raise ValueError(
+                f"{each} has neither input_ids nor labels, but the columns {', '.join(columns)}. transformers' trainers "
+                "prepare no text: make tokens of it first, or use deft_plugin.trl.SFTTrainer."
+            )
+        if pads_alone:
             raise ValueError(
                 f"{each} has no labels, but the columns {', '.join(columns)}, and data_collator adds none. {_LABELLING}"
             )

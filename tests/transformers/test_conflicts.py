@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
 )
 
@@ -135,9 +136,15 @@ def test_collators_that_make_other_labels_or_none(tmp_path: Path) -> None:
     refuse(arguments(tmp_path), "mlm=True.*mlm=False", data_collator=masked)
     tokens = Dataset.from_list([{"input_ids": row["input_ids"]} for row in make_rows(2)])
     message = r"train_dataset has no labels, but the columns input_ids,.*mlm=False"
-    for collator in (None, DataCollatorWithPadding(tiny_tokenizer())):
+    padding = (DataCollatorWithPadding(tiny_tokenizer()), DataCollatorForSeq2Seq(tiny_tokenizer()))
+    for collator in (None, *padding):
         with pytest.raises(ValueError, match=message):
             make_trainer(arguments(tmp_path), tokens, data_collator=collator)
+    texts = Dataset.from_list([{"prompt": "Is it?", "completion": " Yes"}])
+    message = "train_dataset has neither input_ids nor labels, but the columns prompt, completion"
+    for collator in (None, *padding, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(arguments(tmp_path), texts, data_collator=collator)
     # As the message says.
     labels = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
     trainer = make_trainer(arguments(tmp_path), tokens, data_collator=labels)
