@@ -7,6 +7,7 @@ Around each of Trainer's methods that has to do with the loss, and nothing else:
     compute_loss          no other loss has been set since; the loss of sequences in parts
     get_*_dataloader      evaluations have all rows
     prediction_step       as training_step; logits, where asked for, of a forward pass more
+    _issue_warnings_...   a checkpoint without some of the weights is none to go on from
     evaluation_loop, log  the metrics, for `metric_for_best_model` and the log
 
 TRL's, Axolotl's and transformers' own trainers get it by inheritance, before their class among the bases.
@@ -48,6 +49,7 @@ class GatedTrainerMixin(Trainer):
     _predicts_logits = False
     # The setting by which longer rows have been left out or cut before the trainer was made, if any.
     _left_out_above: str | None = None
+    _loads_best = False
     # What the trainer's own log adds to an evaluation's metrics.
     _more_metrics: tuple[str, ...] = ()
 
@@ -218,6 +220,32 @@ class GatedTrainerMixin(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": means[name] for name in means})
         return output
 
+    def _load_best_model(self) -> None:
+        with attribute_of(self, "_loads_best", True):
+            super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(load_result)
+        if self._gating is None:
+            return
+        missing = _not_loaded(self.model, load_result.missing_keys)
+        if not missing:
+            return
+        what = (
+            f"The checkpoint lacks {len(missing):,} of the model's weights ({missing[0]}, ...): transformers saves those of "
+            "this model under other names than it loads here."
+        )
+        if self._loads_best:
+            # The steps are made, and a script may save them yet.
+            logger.warning(
+                "%s The model is not the best one. Load that with from_pretrained.", what
+            )
+            return
+        raise ValueError(
+            f"{what} Training would go on from others. Give a new trainer the model of from_pretrained(CHECKPOINT), or train an "
+            "adapter, whose checkpoints it can resume from."
+        )
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._gating is not None:
             self._gating.add_means(self, logs)
@@ -229,6 +257,13 @@ def _puts_tokens_first(model: Any) -> bool:
     config: Any = getattr(model, "active_peft_config", None)
     learns_prompt = getattr(config, "is_prompt_learning", False)
     return learns_prompt and config.peft_type not in ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def _not_loaded(model: nn.Module, missing: Sequence[str]) -> list[str]:
+    """The parameters among the names that a checkpoint lacks, without those that are tied to others that it has."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameters[name]) for name in parameters.keys() - {*missing}}
+    return [name for name in missing if name in parameters and id(parameters[name]) not in loaded]
 
 
 def _have_prepared_for_training(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 
 from ..checks import data_sets_of
+from .config import HAS_FUSED_HEAD
 
 Row = Mapping[str, Any]
 _PAIR = ("prompt", "completion")
@@ -72,8 +73,9 @@ def check_columns(
             why = f" With values of several kinds in {' and '.join(texts)}, datasets reads a text such as '5' as a number."
             raise ValueError(f"{error}{why if texts else ''}") from None
         if is_stored:
-            # TRL's reading of messages takes rows without images.
-            images = ("image", "images") if columns != ("messages",) else ("image",)
+            # TRL 1.16's reading of messages takes rows without images.
+            takes_none = HAS_FUSED_HEAD and columns == ("messages",)
+            images = ("image",) if takes_none else ("image", "images")
             _check_absent(each, part, (*columns, *(column for column in images if column in row)))
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tiny import tiny_model
 from tests.transformers.running import arguments, make_trainer
 from tests.updates import StopAtStep, Update, make_rows, update_of
 
 
-def a_run(output_dir: Path, loss: dict[str, Any], **others: Any) -> Any:
+def run(output_dir: Path, **others: Any) -> Any:
     args = arguments(
         output_dir,
         max_steps=5,
@@ -23,21 +24,34 @@ def a_run(output_dir: Path, loss: dict[str, Any], **others: Any) -> Any:
         optim="adamw_torch",
         lr_scheduler_type="cosine",
     )
-    return make_trainer(args, make_rows(24), **loss, **others)
+    return make_trainer(args, make_rows(24), **others)
 
 
-@pytest.mark.parametrize("loss", [{"loss_type": "deft"}, {"loss_type": "cayley_trans"}], ids=str)
+@pytest.mark.parametrize(
+    ("loss", "tied"),
+    [
+        ({"loss_type": "deft"}, False),
+        # Whose checkpoints have no lm_head.
+        ({"loss_type": "deft"}, True),
+        ({"loss_type": "cayley_trans"}, False),
+    ],
+    ids=str,
+)
 def test_an_interrupted_run_resumes_to_the_same_parameters(
-    tmp_path: Path, loss: dict[str, Any]
+    tmp_path: Path, loss: dict[str, Any], tied: bool
 ) -> None:
-    whole = a_run(tmp_path / "whole", loss)
+    def a_run(folder: Path, **others: Any) -> Any:
+        model = tiny_model("qwen3", tie_word_embeddings=tied)
+        return run(folder, model=model, **loss, **others)
+
+    whole = a_run(tmp_path / "whole")
     expected = update_of(whole.model, whole.train)
 
-    stopped = a_run(tmp_path / "stopped", loss, callbacks=[StopAtStep(3)])
+    stopped = a_run(tmp_path / "stopped", callbacks=[StopAtStep(3)])
     with pytest.raises(KeyboardInterrupt):
         stopped.train()
 
-    resumed = a_run(tmp_path / "stopped", loss)
+    resumed = a_run(tmp_path / "stopped")
     actual: Update = update_of(resumed.model, lambda: resumed.train(resume_from_checkpoint=True))
     assert resumed.state.global_step == 5
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPredict
 from tests.formula_metrics import formula_metrics
 from tests.transformers.running import arguments, make_trainer
 from tests.transformers.test_evaluation import metrics_of
+from tests.updates import make_rows
 
 NAME = "tiny-LlavaForConditionalGeneration"
 TEXTS = ["What counts? <image> Readability", "<image> Now is better than never"]
@@ -26,6 +29,34 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         local_hub.make_vision_model(NAME, folder)
     return folder
+
+
+def test_a_checkpoint_whose_weights_have_other_names_is_told(
+    tmp_path: Path, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers writes the names of its hub, and resumes by those in memory; what it does not find stays as it was."""
+    caplog.set_level(logging.WARNING, "deft_plugin")
+    steps = dict.fromkeys(("save_strategy", "eval_strategy"), "steps")
+    args = arguments(
+        tmp_path,
+        **steps,
+        max_steps=2,
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_nll",
+    )
+
+    def trainer_of(model: Any) -> Any:
+        return make_trainer(args, make_rows(8), model, eval_dataset=make_rows(4))
+
+    trainer_of(AutoModelForImageTextToText.from_pretrained(saved)).train()
+    message = r"The checkpoint lacks \d+ of the model's weights \(.*, \.\.\.\): "
+    assert re.search(f"{message}.* The model is not the best one", caplog.text)
+    with pytest.raises(ValueError, match=f"{message}.* Training would go on from others"):
+        trainer_of(AutoModelForImageTextToText.from_pretrained(saved)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+        )
 
 
 def test_predictions_are_logits_without_the_features_of_images(tmp_path: Path, saved: Path) -> None:
