@@ -9,16 +9,19 @@ import pytest
 
 from deft_plugin.metrics import METRICS
 from tests.distributed.ranks import run_ranks
+from tests.tiny import tiny_model
 from tests.transformers.running import arguments, make_trainer
-from tests.updates import assert_same_update, make_rows, update_of
+from tests.updates import assert_same_update, logged, make_rows, qwen3, update_of
 
 
-def test_ranks_train_as_one_after_an_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bf16", [False, True], ids=["float64", "mixed precision"])
+def test_ranks_train_as_one_after_an_evaluation(tmp_path: Path, bf16: bool) -> None:
     """accelerate takes a model that it has prepared for an evaluation for one with DDP."""
 
-    def train(batch_size: int, evaluates: bool) -> Any:
-        args = arguments(tmp_path, per_device_train_batch_size=batch_size, max_steps=2)
-        trainer = make_trainer(args, make_rows(8), eval_dataset=make_rows(3, seed=3))
+    def train(evaluates: bool) -> Any:
+        args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=2, bf16=bf16)
+        model = tiny_model("qwen3") if bf16 else qwen3()
+        trainer = make_trainer(args, make_rows(8), model, eval_dataset=make_rows(3, seed=3))
 
         def run() -> None:
             if evaluates:
@@ -27,12 +30,13 @@ def test_ranks_train_as_one_after_an_evaluation(tmp_path: Path) -> None:
             trainer.train()
             trainer.evaluate()
 
-        return update_of(trainer.model, run), trainer.state.log_history[-1]["eval_nll"]
+        return update_of(trainer.model, run), logged(trainer, "eval_nll")[-1]
 
-    expected, nll = train(8, evaluates=False)
-    for update, ranks_nll in run_ranks(lambda rank: train(4, evaluates=True), tmp_path):
+    first, second = run_ranks(lambda rank: (train(False), train(True)), tmp_path)
+    (expected, nll), _ = first
+    for update, own_nll in (*first, *second):
         assert_same_update(update, expected, tolerance=1e-9)
-        assert ranks_nll == pytest.approx(nll, rel=1e-9)
+        assert own_nll == pytest.approx(nll, rel=1e-9)
 
 
 @pytest.mark.parametrize(
