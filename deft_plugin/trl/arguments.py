@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,8 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
             "does."
         )
     yield from length_mistakes("num_train_epochs", training.num_train_epochs, training.max_steps)
+    if not 0 < training.learning_rate < math.inf:
+        yield f"learning_rate={training.learning_rate!r} must be a finite number above 0: nothing would be trained."
     yield from _unknown_metric(training)
 
 

@@ -273,6 +273,7 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
         ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
         ({"gradient_accumulation_steps": 0}, "error", "gradient_accumulation_steps=0 must be a whole number"),
         ({"num_train_epochs": 0}, "error", "num_train_epochs=0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
+        ({"learning_rate": 0}, "error", "learning_rate=0 must be a finite number above 0: nothing would be trained"),
         ({"metric_for_best_model": "eval_nope", "eval_strategy": "epoch"}, "error", "metric_for_best_model='eval_nope' is no metric of"),
     ],
     ids=str,

@@ -157,10 +157,12 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
         ({"num_train_epochs": "nan", "max_steps": 0}, "num_train_epochs=nan must be a finite number above 0"),
         ({"metric_for_best_model": "eval_nope"}, "metric_for_best_model='eval_nope' is no metric of an evaluation. Choices: loss, objective_loss, nll"),
+        ({"learning_rate": 0}, "learning_rate=0.0 must be a finite number above 0: nothing would be trained."),
+        ({"learning_rate": -1}, "learning_rate=-1.0 must be a finite number above 0"),
+        ({"learning_rate": "nan"}, "learning_rate=nan must be a finite number above 0"),
         # What transformers, torch and PEFT raise, once the model is loaded or the training prepared.
         ({"report_to": "swanlab"}, "SwanLabCallback requires swanlab to be installed"),
-        ({"learning_rate": -1}, "Cannot make an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*: Invalid learning rate: -1.0"),
-        ({"adam_beta1": 2}, "--adam_*: Invalid beta parameter at index 0: 2.0"),
+        ({"adam_beta1": 2}, "Cannot make an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*: Invalid beta parameter at index 0: 2.0"),
         ({"optim_args": "a"}, "--optim_args"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"nope": 2}'}, "Cannot make a scheduler with --lr_scheduler_type, --lr_scheduler_kwargs and --warmup_steps: "),
         ({"dataloader_num_workers": -1}, "Cannot make a loader of the data with --dataloader_*: num_workers option should be non-negative"),
@@ -369,8 +371,8 @@ def test_what_goes_wrong_in_training_keeps_its_traceback(
 
 
 def test_debugging_shows_where_a_setting_fails(run_directory: Path) -> None:
-    values = {**options(run_directory), "learning_rate": -1, "log_level": "debug"}
-    with pytest.raises(ValueError, match="Invalid learning rate"):
+    values = {**options(run_directory), "adam_beta1": 2, "log_level": "debug"}
+    with pytest.raises(ValueError, match="Invalid beta parameter"):
         cli.main(["sft", *flags(values), "--loss_type", "deft"])
 
 
