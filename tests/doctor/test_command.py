@@ -271,6 +271,7 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
         ({"dataset_name": "~/data"}, "error", "--dataset_name '~/data': ~ is expanded by a shell"),
         ({"dataset_name": __file__}, "error", "is a file. Name its folder"),
         ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
+        ({"eval_strategy": "epochs"}, "error", "eval_strategy: 'epochs' is not valid. Choices: no, steps, epoch"),
         ({"gradient_accumulation_steps": 0}, "error", "gradient_accumulation_steps=0 must be a whole number"),
         ({"num_train_epochs": 0}, "error", "num_train_epochs=0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
         ({"learning_rate": 0}, "error", "learning_rate=0 must be a finite number above 0: nothing would be trained"),
