@@ -140,6 +140,29 @@ def test_a_file_that_is_no_configuration_is_an_error(
     assert message in finding.text
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", b'{"text": "a"}\n{"text": "b"}\n'),
+        ("train.jsonl", b'{"text": "a"}\n'),
+        ("train.json", b'[{"text": "a"}]'),
+        ("train.csv", b"text\na\n"),
+        ("train.parquet", b"PAR1\xff\xe9"),
+    ],
+    ids=str,
+)
+def test_a_file_of_data_is_told_where_data_are_looked_at(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert finding.text == (
+        "is no YAML of a run, nor an adapter's folder; for data there is `deft report MODEL --data`"
+    )
+
+
 def test_a_file_that_is_not_there_fails_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
