@@ -56,7 +56,7 @@ def sft(context: typer.Context) -> None:
         fail("sft", "--config needs a YAML file.")
     from yaml import YAMLError
 
-    from ..trl.arguments import Arguments
+    from ..trl.arguments import Arguments, remedy_without_gpu
     from ..trl.sft import make_parser, run
 
     parser = make_parser()
@@ -65,7 +65,8 @@ def sft(context: typer.Context) -> None:
     try:
         arguments = Arguments(*parser.parse_args_and_config(args=context.args))
     except (ValueError, OSError, YAMLError) as error:
-        fail("sft", f"{error}{_remedy(error)}")
+        remedy = remedy_without_gpu(error, in_yaml="--config" in context.args)
+        fail("sft", f"{error}{remedy}")
     except (TypeError, AttributeError) as error:
         # Of values in a YAML file that their fields' types let pass.
         fail("sft", f"A value of --config has another type than is needed: {error}.")
@@ -76,14 +77,6 @@ def sft(context: typer.Context) -> None:
         if message is None or arguments.training.log_level == "debug":
             raise
         fail("sft", message)
-
-
-def _remedy(error: Exception) -> str:
-    """What transformers does not say: how to do without the GPU that TRL's default precision needs."""
-    import torch
-
-    wants_gpu = "bf16" in str(error) and not torch.cuda.is_available()
-    return " Without a GPU add --use_cpu True --bf16 False." if wants_gpu else ""
 
 
 def _as_the_users(error: Exception, arguments: Arguments) -> str | None:

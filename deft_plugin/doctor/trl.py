@@ -76,7 +76,7 @@ def _trl_problems(parser: Any, options: list[str], loss_type: Any) -> list[str]:
     """What `deft sft` would refuse in its arguments, apart from keys that it does not know."""
     from trl import get_peft_config
 
-    from ..trl.arguments import Arguments, find_mistakes
+    from ..trl.arguments import Arguments, find_mistakes, remedy_without_gpu
     from ..trl.config import objective_of, settings_of
     from ..trl.conflicts import find_conflicts
 
@@ -96,4 +96,5 @@ def _trl_problems(parser: Any, options: list[str], loss_type: Any) -> list[str]:
             ]
     except (Exception, SystemExit) as error:
         # The parser writes its usage first, and what is wrong in the last line.
-        return [(errors.getvalue().strip().splitlines() or [str(error)])[-1]]
+        said = (errors.getvalue().strip().splitlines() or [str(error)])[-1]
+        return [f"{said}{remedy_without_gpu(error, in_yaml=True)}"]

@@ -256,6 +256,15 @@ def test_a_trl_file_whose_run_would_be_refused_is_an_error(
     assert message in error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does it")
+def test_precision_that_wants_a_gpu_says_how_to_do_without(tmp_path: Path) -> None:
+    values = {name: value for name, value in TRL.items() if name not in ("bf16", "use_cpu")}
+    values |= {"output_dir": str(tmp_path), "loss_type": "deft"}
+    (error,) = errors_of(tmp_path / "run.yaml", **values)
+    assert "bf16" in error
+    assert error.endswith(" Without a GPU add `use_cpu: true` and `bf16: false`.")
+
+
 def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None:
     values = {
         "lossy_type": "deft",

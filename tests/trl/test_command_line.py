@@ -345,7 +345,12 @@ def test_precision_that_wants_a_gpu_says_how_to_do_without(
     }
     with pytest.raises(SystemExit):
         cli.main(["sft", *flags(values)])
-    assert "--use_cpu True --bf16 False" in last_line(capsys)
+    assert last_line(capsys).endswith(" Without a GPU add --use_cpu True --bf16 False.")
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(path)])
+    assert last_line(capsys).endswith(" Without a GPU add `use_cpu: true` and `bf16: false`.")
 
 
 def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
