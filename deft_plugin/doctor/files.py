@@ -17,7 +17,7 @@ _NO_RUN = (
 
 
 def check_path(path: Path) -> Iterator[Finding]:
-    """What there is to say of a YAML, or of the folder of an adapter; nothing is loaded."""
+    """What there is to say of a YAML, or of the folder of an adapter; no model is loaded."""
     if path.is_dir():
         yield from check_adapter(path / ADAPTER_CONFIG)
     elif path.name == ADAPTER_CONFIG:
@@ -27,7 +27,7 @@ def check_path(path: Path) -> Iterator[Finding]:
 
 
 def check_yaml(path: Path) -> Iterator[Finding]:
-    """Whether a training run with this file would train with an objective; nothing is loaded."""
+    """Whether a training run with this file would train with an objective; no model is loaded."""
     import yaml
 
     try:
