@@ -56,7 +56,7 @@ def sft(context: typer.Context) -> None:
         fail("sft", "--config needs a YAML file.")
     from yaml import YAMLError
 
-    from ..trl.arguments import Arguments
+    from ..trl.arguments import Arguments, remedy_without_gpu
     from ..trl.sft import make_parser, run
 
     parser = make_parser()
@@ -65,7 +65,8 @@ def sft(context: typer.Context) -> None:
     try:
         arguments = Arguments(*parser.parse_args_and_config(args=context.args))
     except (ValueError, OSError, YAMLError) as error:
-        fail("sft", f"{error}{_remedy(error)}")
+        remedy = remedy_without_gpu(error, in_yaml="--config" in context.args)
+        fail("sft", f"{error}{remedy}")
     except (TypeError, AttributeError) as error:
         # Of values in a YAML file that their fields' types let pass.
         fail("sft", f"A value of --config has another type than is needed: {error}.")
@@ -78,14 +79,6 @@ def sft(context: typer.Context) -> None:
         fail("sft", message)
 
 
-def _remedy(error: Exception) -> str:
-    """What transformers does not say: how to do without the GPU that TRL's default precision needs."""
-    import torch
-
-    wants_gpu = "bf16" in str(error) and not torch.cuda.is_available()
-    return " Without a GPU add --use_cpu True --bf16 False." if wants_gpu else ""
-
-
 def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     """What to say of a mistake in the arguments or the data; None for what may be a fault of the code's, or of the user's code.
 
@@ -93,6 +86,8 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     of data that cannot be loaded the data's reader says why.
     """
     from datasets.exceptions import DatasetsError
+
+    from ..trl.data_errors import unreadable, without_split
 
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, ValueError | TypeError | ImportError):
@@ -105,11 +100,12 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
     raiser = modules[-1]
     if isinstance(error, StopIteration) and raiser.startswith("datasets."):
-        return f"{arguments.data} cannot be read: a file has no rows."
+        return unreadable(error, arguments)
     if isinstance(error, DatasetsError) and not isinstance(error, OSError):
-        return _why_unread(arguments) or f"{arguments.data} cannot be read: {_innermost(error)}."
+        return unreadable(error, arguments)
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
-        return _without_split(error.args[0], arguments)
+        splits = (arguments.script.dataset_train_split, arguments.script.dataset_test_split)
+        return without_split(error.args[0], arguments) if error.args[0] in splits else None
     if raiser.startswith("deft_plugin.") and isinstance(error, ValueError | OSError):
         return str(error)
     raised_by = frames[-1].f_code.co_name
@@ -133,19 +129,6 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
         _why_no_model(error, arguments)
         or (_why_no_data(error, arguments) if while_loading_data else None)
         or str(error)
-    )
-
-
-def _without_split(split: object, arguments: Arguments) -> str | None:
-    named = (arguments.script.dataset_train_split, arguments.script.dataset_test_split)
-    if split not in named:
-        return None
-    if arguments.mixture.datasets:
-        return f"datasets gives no split {split!r}. test_split_size keeps a share of the rows to test on."
-    file = f" ({split}.jsonl in a folder)" if str(split).isidentifier() else ""
-    return (
-        f"{arguments.data} has no split {split!r}. Add it{file}, or name another with --dataset_train_split and "
-        "--dataset_test_split. Only with --eval_strategy is one to test on needed."
     )
 
 
@@ -175,24 +158,11 @@ def _why_no_model(error: Exception, arguments: Arguments) -> str | None:
 
 def _why_no_data(error: Exception, arguments: Arguments) -> str | None:
     """What is wrong with the name of the data, where they could not be found, or with a file, where it could not be read."""
+    from ..trl.data_errors import why_unread
+
     name = arguments.script.dataset_name
     if not isinstance(error, OSError):
-        return _why_unread(arguments)
+        return why_unread(arguments)
     if arguments.mixture.datasets or Path(name).is_dir():
         return None
     return f"{arguments.data}: there is no such folder here, and from the hub it cannot be had: {error}."
-
-
-def _why_unread(arguments: Arguments) -> str | None:
-    """The line of a folder's files that is no JSON, where there is one; before 4.8, datasets says less of it."""
-    from ..report.data import broken_line
-
-    line = None if arguments.mixture.datasets else broken_line(Path(arguments.script.dataset_name))
-    return f"{arguments.data} cannot be read: {line}." if line else None
-
-
-def _innermost(error: BaseException) -> str:
-    """The cause that is farthest down, which knows the file's line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"

@@ -43,7 +43,11 @@ def check_adapter(path: Path) -> Iterator[Finding]:
         )
     else:
         base = values.get("base_model_name_or_path")
-        yield Finding("ok", f"an adapter of the kind {kind} for {base}, whatever its loss was")
+        of = f" for {base!r}" if base else ""
+        yield Finding(
+            "ok",
+            f"{kind} adapter{of}; its folder does not say which loss it was trained with",
+        )
 
 
 def notes_on_peft_deft(values: Mapping[Any, Any]) -> Iterator[Finding]:

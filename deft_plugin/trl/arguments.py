@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import AutoTokenizer
 
 from ..metrics import METRICS, is_of_evaluations
@@ -65,7 +67,25 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
             "does."
         )
     yield from length_mistakes("num_train_epochs", training.num_train_epochs, training.max_steps)
+    if not 0 < training.learning_rate < math.inf:
+        yield f"learning_rate={training.learning_rate!r} must be a finite number above 0: nothing would be trained."
     yield from _unknown_metric(training)
+
+
+def remedy_without_gpu(error: BaseException, *, in_yaml: bool) -> str:
+    """What transformers does not say: how to do without the GPU that TRL's default precision needs.
+
+    Args:
+        error: what the arguments are refused with.
+        in_yaml: whether they stand in a YAML file.
+
+    Returns:
+        A sentence to put behind the error's; "" for another error.
+    """
+    if "bf16" not in str(error) or torch.cuda.is_available():
+        return ""
+    values = "`use_cpu: true` and `bf16: false`" if in_yaml else "--use_cpu True --bf16 False"
+    return f" Without a GPU add {values}."
 
 
 def _unknown_metric(training: Any) -> Iterator[str]:

@@ -26,6 +26,27 @@ _CONVERSATIONS = {
 }
 
 
+def check_given_columns(arguments: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for data sets of which TRL is to make tokens and cannot.
+
+    Args:
+        arguments: of an SFTTrainer, by name.
+    """
+    args: Any = arguments.get("args")
+    settings = getattr(args, "dataset_kwargs", None)
+    prepared = isinstance(settings, dict) and settings.get("skip_prepare_dataset")
+    if prepared or arguments.get("formatting_func"):
+        return
+    for name in ("train_dataset", "eval_dataset"):
+        check_columns(
+            name,
+            arguments.get(name),
+            getattr(args, "dataset_text_field", None) or "text",
+            with_images=arguments.get("data_collator") is None,
+            text_beside_images=not getattr(args, "remove_unused_columns", True),
+        )
+
+
 def check_columns(
     name: str,
     dataset: Any,

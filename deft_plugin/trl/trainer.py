@@ -36,7 +36,7 @@ from ..trainer import (
     keep_ligers_other_kernels,
     without_labels,
 )
-from .columns import check_columns
+from .columns import check_given_columns
 from .config import (
     HAS_FUSED_HEAD,
     check_metric_for_best_model,
@@ -213,20 +213,8 @@ def _own_loss(trainer: Any, arguments: dict[str, Any]) -> str | None:
 
 def _check_columns(trainer: Any, arguments: dict[str, Any]) -> None:
     """Look at what TRL is given to make tokens of, where it is TRL that does."""
-    args: Any = arguments.get("args")
-    settings = getattr(args, "dataset_kwargs", None)
-    prepared = isinstance(settings, dict) and settings.get("skip_prepare_dataset")
-    own = type(trainer)._prepare_dataset is not trl.SFTTrainer._prepare_dataset
-    if own or prepared or arguments.get("formatting_func"):
-        return
-    for name in ("train_dataset", "eval_dataset"):
-        check_columns(
-            name,
-            arguments.get(name),
-            getattr(args, "dataset_text_field", None) or "text",
-            with_images=arguments.get("data_collator") is None,
-            text_beside_images=not getattr(args, "remove_unused_columns", True),
-        )
+    if type(trainer)._prepare_dataset is trl.SFTTrainer._prepare_dataset:
+        check_given_columns(arguments)
 
 
 def _check_data(trainer: Any, arguments: dict[str, Any]) -> None:

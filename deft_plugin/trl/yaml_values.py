@@ -38,18 +38,22 @@ def mistyped_values(values: Mapping[str, Any], field_classes: Any) -> Iterator[s
     for key, value in values.items():
         if key not in hints or key in _NOT_LOOKED_AT:
             continue
-        if isinstance(value, bool) and (key in _PATHS or _is_choice(hints[key])):
+        choices = _choices(hints[key])
+        if isinstance(value, bool) and (key in _PATHS or choices):
             word = "yes" if value else "no"
             yield f'{key}: {value!r} must be text: YAML reads {word} as {str(value).lower()}; write "{word}" in quotes.'
         elif isinstance(value, int | float) and key in _PATHS:
             yield f"{key}: {value!r} must be text: write it in quotes."
+        elif choices and value not in choices:
+            yield f"{key}: {value!r} is not valid. Choices: {', '.join(choices)}."
         elif not _fits(value, hints[key]):
             yield f"{key}: {value!r} must be {' or '.join(map(_name, _parts(hints[key])))}."
 
 
-def _is_choice(hint: Any) -> bool:
-    """Whether a field takes some texts alone: the parser converts these, and says which they are."""
-    return any(isinstance(part, type) and issubclass(part, Enum) for part in _parts(hint))
+def _choices(hint: Any) -> list[str]:
+    """The texts that a field takes alone, which transformers makes an enum of, without the key where it cannot."""
+    enums = (part for part in _parts(hint) if isinstance(part, type) and issubclass(part, Enum))
+    return [choice.value for enum in enums for choice in enum]
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -39,9 +39,15 @@ def test_an_adapter_of_pefts_deft_is_not_the_loss(tmp_path: Path, place: str) ->
 
 
 def test_another_adapter_is_named_by_its_kind(tmp_path: Path) -> None:
-    (finding,) = check_path(save_adapter(tmp_path / "adapter", "LoraConfig"))
-    assert finding.level == "ok"
-    assert "of the kind LORA" in finding.text
+    folder = save_adapter(tmp_path / "adapter", "LoraConfig")
+    untold = "; its folder does not say which loss it was trained with"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for base, named in (("owner/name", " for 'owner/name'"), (None, "")):
+        config["base_model_name_or_path"] = base
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (finding,) = check_path(folder)
+        assert finding.level == "ok"
+        assert finding.text == f"LORA adapter{named}{untold}"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import yaml
 from deft_plugin import cli, doctor
 from deft_plugin.doctor import check_environment
 from deft_plugin.doctor import loss as loss_room
+from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("trl_as_it_was")
 
@@ -140,6 +141,29 @@ def test_a_file_that_is_no_configuration_is_an_error(
     assert message in finding.text
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", b'{"text": "a"}\n{"text": "b"}\n'),
+        ("train.jsonl", b'{"text": "a"}\n'),
+        ("train.json", b'[{"text": "a"}]'),
+        ("train.csv", b"text\na\n"),
+        ("train.parquet", b"PAR1\xff\xe9"),
+    ],
+    ids=str,
+)
+def test_a_file_of_data_is_told_where_data_are_looked_at(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "error"
+    assert finding.text == (
+        "is no YAML of a run, nor an adapter's folder; for data there is `deft report MODEL --data`"
+    )
+
+
 def test_a_file_that_is_not_there_fails_the_command(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -151,6 +175,15 @@ def test_a_file_that_is_not_there_fails_the_command(
 
 TRL = {"model_name_or_path": "not-loaded", "dataset_name": "not-loaded", "use_cpu": True}
 TRL |= {"bf16": False, "report_to": "none"}
+PAIR = '{"prompt": "So?", "completion": " No"}'
+
+
+def save_data(folder: Path, **files: str) -> Path:
+    """A folder with a .jsonl file for each split."""
+    folder.mkdir()
+    for split, text in files.items():
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
 
 
 def test_a_trl_file_with_an_objective_is_fine(
@@ -233,6 +266,15 @@ def test_a_trl_file_whose_run_would_be_refused_is_an_error(
     assert message in error
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does it")
+def test_precision_that_wants_a_gpu_says_how_to_do_without(tmp_path: Path) -> None:
+    values = {name: value for name, value in TRL.items() if name not in ("bf16", "use_cpu")}
+    values |= {"output_dir": str(tmp_path), "loss_type": "deft"}
+    (error,) = errors_of(tmp_path / "run.yaml", **values)
+    assert "bf16" in error
+    assert error.endswith(" Without a GPU add `use_cpu: true` and `bf16: false`.")
+
+
 def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None:
     values = {
         "lossy_type": "deft",
@@ -271,8 +313,10 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
         ({"dataset_name": "~/data"}, "error", "--dataset_name '~/data': ~ is expanded by a shell"),
         ({"dataset_name": __file__}, "error", "is a file. Name its folder"),
         ({"report_to": {}}, "error", "report_to: {} must be null or text or a list"),
+        ({"eval_strategy": "epochs"}, "error", "eval_strategy: 'epochs' is not valid. Choices: no, steps, epoch"),
         ({"gradient_accumulation_steps": 0}, "error", "gradient_accumulation_steps=0 must be a whole number"),
         ({"num_train_epochs": 0}, "error", "num_train_epochs=0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
+        ({"learning_rate": 0}, "error", "learning_rate=0 must be a finite number above 0: nothing would be trained"),
         ({"metric_for_best_model": "eval_nope", "eval_strategy": "epoch"}, "error", "metric_for_best_model='eval_nope' is no metric of"),
     ],
     ids=str,
@@ -280,7 +324,8 @@ def test_all_that_is_wrong_in_a_trl_file_is_told_at_once(tmp_path: Path) -> None
 def test_names_and_values_of_a_trl_file(
     tmp_path: Path, values: dict[str, Any], level: str, message: str
 ) -> None:
-    here = {"model_name_or_path": str(tmp_path), "dataset_name": str(tmp_path)}
+    data = save_data(tmp_path / "data", train=PAIR, test=PAIR)
+    here = {"model_name_or_path": str(tmp_path), "dataset_name": str(data)}
     path = tmp_path / "run.yaml"
     own = {**TRL, **here, "output_dir": str(tmp_path), "loss_type": "deft", **values}
     path.write_text(yaml.safe_dump(own))
@@ -290,6 +335,90 @@ def test_names_and_values_of_a_trl_file(
     right = {key: value for key, value in own.items() if key not in values}
     path.write_text(yaml.safe_dump({**right, **here}))
     assert [each.level for each in doctor.check_yaml(path)] == ["ok"]
+
+
+UNTEACHABLE = {
+    "no split to test on": ({"train": PAIR}, {"eval_strategy": "epoch"}, "--dataset_name {data!r} has no split 'test'. Add it (test.jsonl in a folder)"),
+    "no split to train on": ({"test": PAIR}, {}, "--dataset_name {data!r} has no split 'train'. Add it (train.jsonl in a folder)"),
+    "other columns": ({"train": '{"question": "So?", "answer": "No"}'}, {}, "train_dataset has the columns question, answer. Needed are prompt and completion"),
+    "two kinds of columns": ({"train": PAIR, "test": '{"answer": "No"}'}, {}, "--dataset_name {data!r} cannot be read: CastError: Couldn't cast answer: string"),
+    "nothing said to test on": (
+        {"train": '{"messages": [{"role": "user", "content": "So?"}]}', "test": '{"messages": []}'},
+        {"eval_strategy": "steps"},
+        "eval_dataset: the column messages holds [] (list), and a list of messages with role and content is needed.",
+    ),
+    "another column of text": ({"train": '{"text": "So?"}'}, {"dataset_text_field": "body"}, "train_dataset has the columns text. Needed are prompt and completion, messages, body"),
+    "a broken line": ({"train": '{"prompt": "So'}, {}, "--dataset_name {data!r} cannot be read: {data}/train.jsonl, line 1 is no JSON"),
+    "an empty file": ({"train": ""}, {}, "--dataset_name {data!r} cannot be read: a file has no rows."),
+    "no file": ({}, {}, "{data} doesn't contain any data files"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+@pytest.mark.parametrize(("files", "keys", "message"), UNTEACHABLE.values(), ids=UNTEACHABLE)
+def test_data_in_a_folder_are_refused_as_the_command_refuses_them(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: dict[str, str],
+    keys: dict[str, Any],
+    message: str,
+    loss_type: str,
+) -> None:
+    data = save_data(tmp_path / "data", **files)
+    tiny_model("qwen3").save_pretrained(tmp_path / "model")
+    values = {**TRL, "model_name_or_path": str(tmp_path / "model"), "dataset_name": str(data)}
+    values |= {"output_dir": str(tmp_path / "out"), "loss_type": loss_type, **keys}
+    (error,) = errors_of(tmp_path / "run.yaml", **values)
+    assert message.format(data=str(data)) in error
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(tmp_path / "run.yaml")])
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"eval_strategy": "no"},
+        {"dataset_train_split": "test"},
+        {"dataset_text_field": "answer"},
+        {"dataset_kwargs": {"skip_prepare_dataset": True}, "dataset_text_field": "body"},
+    ],
+    ids=str,
+)
+def test_data_in_a_folder_that_the_command_takes_are_fine(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    row = '{"answer": "No"}' if "dataset_text_field" in keys else PAIR
+    data = save_data(tmp_path / "data", train=row, test=row)
+    path = tmp_path / "run.yaml"
+    own = {**TRL, "model_name_or_path": str(tmp_path), "dataset_name": str(data), **keys}
+    path.write_text(yaml.safe_dump({**own, "output_dir": str(tmp_path), "loss_type": "deft"}))
+    (finding,) = doctor.check_yaml(path)
+    assert finding.level == "ok"
+    assert finding.text.endswith("under `deft sft`")
+
+
+@pytest.mark.parametrize(
+    ("keys", "unseen"),
+    [
+        ({"model_name_or_path": "owner/name", "dataset_name": "owner/data"}, "; model and data were not looked at"),
+        ({"model_name_or_path": "owner/name"}, "; model was not looked at"),
+        ({"dataset_name": "owner/data"}, "; data were not looked at"),
+        ({"datasets": [{"path": "json", "data_files": __file__}]}, "; data were not looked at"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("loss_type", ["deft", "nll"])
+def test_what_is_not_here_is_said_not_to_be_looked_at(
+    tmp_path: Path, loss_type: str, keys: dict[str, Any], unseen: str
+) -> None:
+    data = save_data(tmp_path / "data", train=PAIR)
+    path = tmp_path / "run.yaml"
+    own = {**TRL, "model_name_or_path": str(tmp_path), "dataset_name": str(data), **keys}
+    path.write_text(yaml.safe_dump({**own, "output_dir": str(tmp_path), "loss_type": loss_type}))
+    *_, last = doctor.check_yaml(path)
+    assert last.level != "error"
+    assert last.text.endswith(unseen)
 
 
 @pytest.mark.parametrize(

@@ -157,10 +157,12 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs=0.0 must be a finite number above 0, or max_steps above 0: nothing would be trained"),
         ({"num_train_epochs": "nan", "max_steps": 0}, "num_train_epochs=nan must be a finite number above 0"),
         ({"metric_for_best_model": "eval_nope"}, "metric_for_best_model='eval_nope' is no metric of an evaluation. Choices: loss, objective_loss, nll"),
+        ({"learning_rate": 0}, "learning_rate=0.0 must be a finite number above 0: nothing would be trained."),
+        ({"learning_rate": -1}, "learning_rate=-1.0 must be a finite number above 0"),
+        ({"learning_rate": "nan"}, "learning_rate=nan must be a finite number above 0"),
         # What transformers, torch and PEFT raise, once the model is loaded or the training prepared.
         ({"report_to": "swanlab"}, "SwanLabCallback requires swanlab to be installed"),
-        ({"learning_rate": -1}, "Cannot make an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*: Invalid learning rate: -1.0"),
-        ({"adam_beta1": 2}, "--adam_*: Invalid beta parameter at index 0: 2.0"),
+        ({"adam_beta1": 2}, "Cannot make an optimizer with --optim, --optim_args, --learning_rate, --weight_decay and --adam_*: Invalid beta parameter at index 0: 2.0"),
         ({"optim_args": "a"}, "--optim_args"),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"nope": 2}'}, "Cannot make a scheduler with --lr_scheduler_type, --lr_scheduler_kwargs and --warmup_steps: "),
         ({"dataloader_num_workers": -1}, "Cannot make a loader of the data with --dataloader_*: num_workers option should be non-negative"),
@@ -215,6 +217,12 @@ def test_nothing_is_trained_by_batches_of_none_under_trls_own_loss_either(
         ({"parallelism_config": 3}, "parallelism_config: 3 must be a mapping or null."),
         ({"eval_strategy": False}, 'eval_strategy: False must be text: YAML reads no as false; write "no" in quotes.'),
         ({"logging_strategy": False}, "logging_strategy: False must be text: YAML reads no as false"),
+        ({"eval_strategy": "epochs"}, "eval_strategy: 'epochs' is not valid. Choices: no, steps, epoch."),
+        ({"save_strategy": 5}, "save_strategy: 5 is not valid. Choices: no, steps, epoch, best."),
+        ({"logging_strategy": None}, "logging_strategy: None is not valid. Choices: no, steps, epoch."),
+        ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type: 'cosin' is not valid. Choices: linear, cosine, "),
+        ({"optim": "adam"}, "optim: 'adam' is not valid. Choices: adamw_torch, "),
+        ({"hub_strategy": ["end"]}, "hub_strategy: ['end'] is not valid. Choices: end, every_save, "),
         ({"output_dir": 5}, "output_dir: 5 must be text: write it in quotes."),
         ({"model_name_or_path": "~/model"}, "--model_name_or_path '~/model': ~ is expanded by a shell, not in a YAML"),
         ({"dataset_name": "~/data"}, "--dataset_name '~/data': ~ is expanded by a shell, not in a YAML"),
@@ -337,7 +345,12 @@ def test_precision_that_wants_a_gpu_says_how_to_do_without(
     }
     with pytest.raises(SystemExit):
         cli.main(["sft", *flags(values)])
-    assert "--use_cpu True --bf16 False" in last_line(capsys)
+    assert last_line(capsys).endswith(" Without a GPU add --use_cpu True --bf16 False.")
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(path)])
+    assert last_line(capsys).endswith(" Without a GPU add `use_cpu: true` and `bf16: false`.")
 
 
 def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,8 +382,8 @@ def test_what_goes_wrong_in_training_keeps_its_traceback(
 
 
 def test_debugging_shows_where_a_setting_fails(run_directory: Path) -> None:
-    values = {**options(run_directory), "learning_rate": -1, "log_level": "debug"}
-    with pytest.raises(ValueError, match="Invalid learning rate"):
+    values = {**options(run_directory), "adam_beta1": 2, "log_level": "debug"}
+    with pytest.raises(ValueError, match="Invalid beta parameter"):
         cli.main(["sft", *flags(values), "--loss_type", "deft"])
 
 
