@@ -476,6 +476,7 @@ def test_help_has_the_flags_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--model_name_or_path", "--loss_type", "--use_peft", "--config"):
         assert flag in text
     assert "Example: deft sft" in text
+    assert "Without one TRL's own 'nll' is trained." in " ".join(text.split())
 
 
 @pytest.mark.slow
