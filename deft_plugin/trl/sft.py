@@ -67,7 +67,7 @@ def parse(parser: Any, given: Sequence[str] | None = None) -> tuple[Arguments, b
             found.loss_type = default
         return found, unread
 
-    # A default that is written down is none.
+    # Or the default could not be told from the same loss, asked for.
     parser.set_defaults(loss_type=None)
     parser.parse_known_args = read_and_look
     return Arguments(*parser.parse_args_and_config(args=given)), names_loss
