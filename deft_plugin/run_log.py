@@ -41,6 +41,8 @@ class RunLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put an earlier run's log out of the way."""
         self._has_begun = True
+        if state.is_world_process_zero:
+            self._warn_of_another(args)
         self._try(self._write_objective, args)
         self._write(args, state)
 
@@ -59,8 +61,30 @@ class RunLog(TrainerCallback):
         if self.loss_type is None:
             file.unlink(missing_ok=True)
             return
+        file.write_text(self._as_json() + "\n", encoding="utf-8")
+
+    def _as_json(self) -> str:
         objective = {"loss_type": self.loss_type, "loss_kwargs": self.loss_kwargs}
-        file.write_text(json.dumps(objective, default=repr) + "\n", encoding="utf-8")
+        return json.dumps(objective, default=repr)
+
+    def _warn_of_another(self, args: Any) -> None:
+        """Name the objective of the checkpoints that this run goes on from, or puts its own beside, where it is another."""
+        own = json.loads(self._as_json())
+        output, resumed = Path(args.output_dir), args.resume_from_checkpoint
+        # `trainer.train(FOLDER)` leaves no trace of a folder elsewhere.
+        folders = [Path(resumed).parent] if isinstance(resumed, str) else []
+        folders += [output] if any(output.glob("checkpoint-*")) else []
+        for folder in dict.fromkeys(folders):
+            other = _read_objective(folder / OBJECTIVE_NAME)
+            if other not in (None, own):
+                logger.warning(
+                    "The checkpoints in %s are of %s, and this run trains with %s. If that is not meant, give it the same "
+                    "objective, or an output_dir of its own.",
+                    folder,
+                    _described(other),
+                    _described(own),
+                )
+                return
 
     def _try(self, write: Callable[[Path], object], args: Any) -> None:
         if not args.should_save:
@@ -74,6 +98,21 @@ class RunLog(TrainerCallback):
             if not self._has_failed:
                 logger.warning("The run's log cannot be kept in %s: %s.", folder, error)
             self._has_failed = True
+
+
+def _read_objective(file: Path) -> Any:
+    """What an objective.json holds; None where it cannot be read."""
+    try:
+        objective = json.loads(file.read_text(encoding="utf-8"))
+        return objective if isinstance(objective["loss_kwargs"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _described(objective: Mapping[str, Any]) -> str:
+    name = objective.get("loss_type") or "a loss without a name"
+    parameters = ", ".join(f"{key}={value}" for key, value in objective["loss_kwargs"].items())
+    return f"{name} ({parameters})" if parameters else str(name)
 
 
 def keep_log(

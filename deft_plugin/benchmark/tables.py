@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -77,10 +78,8 @@ def memory_bound_mib(job: Job) -> float:
 
 
 def results_table(job: Job, results: dict[str, Result]) -> Table:
-    """Figures of all contestants on one job; training is a forward and a backward pass."""
-    table = Table(title=job.title)
-    table.add_column("loss", no_wrap=True)
-    for column in (
+    """Figures of all contestants on one job, by columns that have some; training is a forward and a backward pass."""
+    columns = (
         "training\nms",
         "of the\nformula",
         "of our\nnll",
@@ -90,14 +89,13 @@ def results_table(job: Job, results: dict[str, Result]) -> Table:
         "extra\nMiB",
         "of the\nformula",
         "gradients'\nerror",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    )
+    rows: dict[str, tuple[str, ...]] = {}
     base = results.get(FORMULA, {})
     for name, ratio in ratios(results).items():
         result = results[name]
         memory = base.get("extra_mib", 0) / max(result["extra_mib"], 0.1)
-        table.add_row(
-            name,
+        rows[name] = (
             f"{result['seconds'] * 1000:,.1f}",
             number(ratio.get("of_formula"), ".2f"),
             number(ratio.get("of_our_nll"), ".2f"),
@@ -108,6 +106,14 @@ def results_table(job: Job, results: dict[str, Result]) -> Table:
             f"1/{memory:.1f}" if memory >= 1 else f"{1 / memory:.1f}" if memory else "-",
             number(result["error"] or None, ".1e"),
         )
+    # Ratios to contestants that were left out are dashes.
+    has_figures = [any(cell != "-" for cell in cells) for cells in zip(*rows.values(), strict=True)]
+    table = Table(title=job.title)
+    table.add_column("loss", no_wrap=True)
+    for column in itertools.compress(columns, has_figures):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cells in rows.items():
+        table.add_row(name, *itertools.compress(cells, has_figures))
     return table
 
 

@@ -21,9 +21,8 @@ def tokenizer_of(processing_class: Any) -> Any:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def check_tokenizer(processing_class: Any, model: PreTrainedModel) -> None:
-    """Raise `ValueError` for a tokenizer without tokens, or one that pads with a token that the model has no embedding for."""
-    tokenizer = tokenizer_of(processing_class)
+def check_has_tokens(tokenizer: Any) -> None:
+    """Raise `ValueError` for a tokenizer that has no tokens but special ones."""
     # What transformers makes of a folder without a tokenizer's files.
     if isinstance(tokenizer, PreTrainedTokenizerBase) and len(tokenizer) <= len(
         {*tokenizer.all_special_ids}
@@ -32,6 +31,12 @@ def check_tokenizer(processing_class: Any, model: PreTrainedModel) -> None:
             f"The tokenizer has {len(tokenizer)} tokens, and none but special ones: the model's folder lacks the tokenizer's "
             "files, or they are of another model. Save it there: tokenizer.save_pretrained(FOLDER)."
         )
+
+
+def check_tokenizer(processing_class: Any, model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a tokenizer without tokens, or one that pads with a token that the model has no embedding for."""
+    tokenizer = tokenizer_of(processing_class)
+    check_has_tokens(tokenizer)
     token = getattr(tokenizer, "pad_token_id", None)
     size = vocabulary_sizes(model)["input_ids"]
     if token is not None and token >= size:

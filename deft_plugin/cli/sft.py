@@ -56,14 +56,14 @@ def sft(context: typer.Context) -> None:
         fail("sft", "--config needs a YAML file.")
     from yaml import YAMLError
 
-    from ..trl.arguments import Arguments, remedy_without_gpu
-    from ..trl.sft import make_parser, run
+    from ..trl.arguments import remedy_without_gpu
+    from ..trl.sft import make_parser, parse, run
 
     parser = make_parser()
     # argparse would print a page of flags before it.
     parser.error = lambda message: fail("sft", f"{message.rstrip('.')}. See deft sft --help.")
     try:
-        arguments = Arguments(*parser.parse_args_and_config(args=context.args))
+        arguments, names_loss = parse(parser, context.args)
     except (ValueError, OSError, YAMLError) as error:
         remedy = remedy_without_gpu(error, in_yaml="--config" in context.args)
         fail("sft", f"{error}{remedy}")
@@ -71,7 +71,7 @@ def sft(context: typer.Context) -> None:
         # Of values in a YAML file that their fields' types let pass.
         fail("sft", f"A value of --config has another type than is needed: {error}.")
     try:
-        run(arguments)
+        run(arguments, names_loss)
     except Exception as error:
         message = _as_the_users(error, arguments)
         if message is None or arguments.training.log_level == "debug":

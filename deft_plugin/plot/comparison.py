@@ -22,7 +22,7 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
 
     Args:
         runs: under names that differ.
-        path: of the picture; its suffix is its format.
+        path: of the picture; its suffix is its format, and its folder is made where it is missing.
         metrics: some of `COMPARED`; none for all that were logged.
 
     Raises:
@@ -57,7 +57,8 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
         for axis, metric in zip(axes, shown, strict=False):
             draw_comparison(axis, runs, metric, LIGHT)
             axis.set_title(COMPARED[metric][0])
-            axis.label_outer()
+            # Their scales and units differ; steps are the same.
+            axis.set_xlabel("")
         # A column that ends above the last row.
         for axis in axes[len(shown) - columns : len(shown)]:
             axis.tick_params(labelbottom=True)
@@ -76,6 +77,7 @@ def plot_comparison(runs: Sequence[Run], path: Path, metrics: Sequence[str] = ()
         tokens = "" if count is None else f" ({count:,} tokens)"
         figure.suptitle(f"dots: held out{tokens}, thin lines: training", fontsize=9)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
 
 

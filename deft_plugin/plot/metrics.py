@@ -40,7 +40,7 @@ def plot_metrics(
 
     Args:
         log_history: a trainer's.
-        path: of the picture; its suffix is its format.
+        path: of the picture; its suffix is its format, and its folder is made where it is missing.
         title: of the picture.
         metrics: which to draw; none for all of `PANELS` but those `ON_REQUEST`.
 
@@ -96,6 +96,7 @@ def plot_metrics(
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.supxlabel("optimizer step", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..checks import check_has_tokens
 from ..model_config import config_of_model
 from .choices import DTYPES
 
@@ -183,7 +184,7 @@ def load_tokenizer(
     """The model's tokenizer.
 
     Raises:
-        ValueError: there is none, or the template cannot be read.
+        ValueError: there is none, it has no tokens, or the template cannot be read.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -194,6 +195,10 @@ def load_tokenizer(
             f"{option} {name!r} has no tokenizer that can be loaded. Expected: tokenizer.json and tokenizer_config.json beside "
             f"its config.json ({textwrap.shorten(str(error), 120)})."
         ) from None
+    try:
+        check_has_tokens(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{option} {name!r}: {error}") from None
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
@@ -210,7 +215,9 @@ def check_same_vocabulary(
     if after.adapter is not None:
         return
     try:
-        own, others = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(after.model).get_vocab()
+        second = AutoTokenizer.from_pretrained(after.model)
+        check_has_tokens(second)
+        own, others = tokenizer.get_vocab(), second.get_vocab()
         is_same, sizes = own == others, (len(others), len(own))
     except (OSError, ValueError, KeyError):  # A checkpoint without a tokenizer.
         configs = [

@@ -149,8 +149,8 @@ def _used_columns(name: str, row: Row, text_field: str) -> tuple[str, ...]:
         if column in row:
             return (column,)
     raise ValueError(
-        f"{name} has the columns {_listed(row)}. Needed are prompt and completion, messages, {text_field} "
-        "(dataset_text_field says which), or input_ids. Rename them in the file, or with dataset.rename_columns."
+        f"{name} has the columns {_listed(row)}. Needed are prompt and completion, messages, conversations, "
+        f"{text_field} (dataset_text_field says which), or input_ids. Rename them in the file, or with dataset.rename_columns."
     )
 
 

@@ -158,7 +158,7 @@ def _with_choices(field: dataclasses.Field[Any]) -> Any:
     if "choices" in metadata:
         metadata["choices"] = [*metadata["choices"], *loss_types()]
     metadata["help"] = (
-        f"{metadata.get('help', '')} With deft_plugin also: {', '.join(loss_types())}."
+        f"{metadata.get('help', '')} With deft_plugin also: {', '.join(loss_types())}. Without one TRL's own 'nll' is trained."
     )
     extended.metadata = MappingProxyType(metadata)
     return extended

@@ -10,7 +10,7 @@ import pytest
 
 from deft_plugin.benchmark import files, tables
 from deft_plugin.benchmark.contestants import FORMULA, OUR_NLL, OURS, PRODUCTS
-from deft_plugin.benchmark.tables import memory_bound_mib, ratios
+from deft_plugin.benchmark.tables import memory_bound_mib, ratios, results_table
 
 from .cases import job, seconds
 
@@ -32,6 +32,24 @@ def test_ratios_are_to_our_nll_the_fastest_peer_and_the_products() -> None:
     }
     assert "QuACK chunked" not in found
     assert ratios(seconds(**{OURS: 4})) == {OURS: {}}
+
+
+def test_a_column_of_dashes_is_left_out_of_the_table() -> None:
+    def columns(results: dict[str, dict[str, Any]]) -> list[str]:
+        return [
+            str(column.header).replace("\n", " ")
+            for column in results_table(job(), results).columns
+        ]
+
+    own = seconds(**{FORMULA: 8, OURS: 4})
+    own[OURS]["error"] = 1e-6
+    assert columns(own) == [
+        *("loss", "training ms", "of the formula", "evaluation ms", "extra MiB", "of the formula"),
+        "gradients' error",
+    ]
+    more = columns(own | seconds(**{OUR_NLL: 5, PRODUCTS: 2, "torch cross_entropy": 2}))
+    assert more[2:6] == ["of the formula", "of our nll", "of best peer", "products' share"]
+    assert columns({OURS: {"absent": "out of memory"}}) == ["loss"]
 
 
 @pytest.mark.parametrize(

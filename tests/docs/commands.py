@@ -73,6 +73,7 @@ RUN_BY: dict[str, RunBy] = {
     "deft doctor": Test("test_the_environment_of_the_tests_is_fit"),
     "deft doctor run.yaml": Test("test_a_trl_file_with_an_objective_is_fine"),
     "deft objectives": Test("test_list_of_objectives"),
+    "deft sft --config run.yaml --resume_from_checkpoint true": Test("test_a_run_goes_on_from_its_last_checkpoint"),
     "deft sft --config run.yaml": Test("test_yaml_and_a_flag_over_it_as_accelerate_launch_runs_them"),
     "python scripts/train.py --model Qwen/Qwen3-0.6B-Base --dataset trl-lib/Capybara --learning-rate 2e-4 "
     "--batch-size 4 --accumulation 8 --max-length 1024": TESTED_AS_TRAINING,

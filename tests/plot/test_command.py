@@ -65,6 +65,20 @@ def test_chosen_metrics_alone_are_drawn(plot: Plot, tmp_path: Path, drawn: list[
     assert titles(drawn[1]) == ["Scored tokens"]
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b"]], ids=str)
+def test_the_pictures_folder_is_made_once_there_is_something_to_draw(
+    names: list[str], plot: Plot, tmp_path: Path
+) -> None:
+    runs = [write_run(tmp_path / name) for name in names]
+    output = tmp_path / "new" / "folder" / "x.png"
+    assert plot(*runs, "--metric", "nlll", "--output", output)[0] == 2
+    assert not (tmp_path / "new").exists()
+    status, out, errors = plot(*runs, "--output", output)
+    assert (status, errors) == (0, "")
+    assert f"Written to {output}\n" in out
+    assert output.stat().st_size > 1000
+
+
 def test_a_choice_of_metrics_leaves_the_picture_of_all(plot: Plot, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     plot(run)
@@ -107,6 +121,13 @@ def test_several_runs_are_compared_and_never_by_their_losses(
     (figure,) = drawn
     assert figure.get_suptitle() == "dots: held out (1,234 tokens), thin lines: training"
     assert len(figure.axes) == 5
+    # Each has a scale of its own, in two columns.
+    for axis in figure.axes:
+        assert all(label.get_visible() for label in axis.get_yticklabels())
+        assert axis.get_ylabel()
+    for axis, is_lowest in zip(figure.axes, (False, False, False, True, True), strict=True):
+        assert all(label.get_visible() == is_lowest for label in axis.get_xticklabels())
+        assert axis.get_xlabel() == ("optimizer step" if is_lowest else "")
     for axis in figure.axes:
         assert "oss" not in axis.get_title(loc="left")
         for line in axis.get_lines():
@@ -130,7 +151,8 @@ def test_several_runs_are_compared_and_never_by_their_losses(
         (["own", "own", "--metric", "nll"], "--metric 'nll' was logged by none of the runs. Of the choices there are: none"),
         (["own", "own"], "has logged one of: nll, mean_token_accuracy"),
         (["a", "--output", "x.txt"], "--output 'x.txt' has no suffix of a picture. Choices: "),
-        (["a", "--output", "none/x.png"], "--output 'none/x.png' cannot be written"),
+        (["a", "--output", "a/trainer_state.json/x.png"], "--output 'a/trainer_state.json/x.png' cannot be written"),
+        (["a", "b", "--output", "a/trainer_state.json/x.png"], "--output 'a/trainer_state.json/x.png' cannot be written"),
         (["bare"], "The log has no metrics to plot, only step, train_runtime"),
     ],
 )  # fmt: skip

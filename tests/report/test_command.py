@@ -23,6 +23,7 @@ from deft_plugin import cli
 from deft_plugin.cli import errors as errors_of_commands
 from deft_plugin.cli.report import several_to_an_option
 from deft_plugin.report import checkpoint
+from deft_plugin.report.checkpoint import Checkpoint, check_same_vocabulary
 from deft_plugin.report.choices import DEFAULT_OBJECTIVES
 from deft_plugin.report.report import Options
 from tests.runs import write_run
@@ -329,6 +330,7 @@ NO_MODEL = "is neither a model's folder nor a model on the hub"
         ("./none", f"MODEL './none' {NO_MODEL}: there is no such folder. Expected: a folder with config.json"),
         ("owner/none", f"MODEL 'owner/none' {NO_MODEL}: it was not downloaded before, and the hub may not be asked (HF_HUB_OFFLINE"),
         ("no_tokenizer", "MODEL 'no_tokenizer' has no tokenizer that can be loaded. Expected: tokenizer.json and"),
+        ("no_tokens", "MODEL 'no_tokens': The tokenizer has 1 tokens, and none but special ones: the model's folder lacks the tokenizer's files"),
         ("t5", "MODEL 't5' is an encoder-decoder (T5Config), which the objectives here do not cover"),
         ("bart", "MODEL 'bart' is an encoder-decoder (BartConfig), which the objectives here do not cover"),
         ("vit", "MODEL 'vit' is no causal language model: transformers has none with its configuration, ViTConfig. Name a decoder-only"),
@@ -342,6 +344,8 @@ def test_a_model_that_is_none_is_told_in_one_line_before_rows_are_prepared(
     shutil.copytree(model, tmp_path / "no_config")
     (tmp_path / "no_config" / "config.json").unlink()
     tiny_model("llama").config.save_pretrained(tmp_path / "no_tokenizer")
+    # Of which transformers makes a tokenizer without them.
+    tiny_model("qwen3").config.save_pretrained(tmp_path / "no_tokens")
     sizes = {"d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
     T5ForConditionalGeneration(T5Config(vocab_size=128, **sizes)).save_pretrained(tmp_path / "t5")
     # Of which transformers has a decoder's half, too.
@@ -383,6 +387,17 @@ def test_a_tokenizer_with_more_tokens_than_the_model(pairs: Path, run: Run, tmp_
     status, errors = run(tmp_path / "model", "--data", pairs, "--output", tmp_path / "out")
     assert status == 2
     assert "outside the model's vocabulary [0, 16)" in errors
+
+
+def test_a_checkpoint_without_a_tokenizer_is_compared_by_its_size(
+    model: Path, tmp_path: Path
+) -> None:
+    tiny_model("qwen3").config.save_pretrained(tmp_path / "same")
+    tiny_model("qwen3", vocab_size=96).config.save_pretrained(tmp_path / "smaller")
+    tokenizer = tiny_tokenizer()
+    check_same_vocabulary(tokenizer, str(model), Checkpoint(str(tmp_path / "same")))
+    with pytest.raises(ValueError, match=r"another vocabulary \(96 tokens\) than MODEL \(128"):
+        check_same_vocabulary(tokenizer, str(model), Checkpoint(str(tmp_path / "smaller")))
 
 
 def test_an_adapter_named_as_the_model_is_loaded_on_its_base_model(

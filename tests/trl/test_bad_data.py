@@ -300,7 +300,7 @@ def test_counts_over_many_batches_and_empty_rows() -> None:
     ("rows", "message"),
     [
         ([{"question": "So?", "answer": "No"}],
-         "has the columns question, answer. Needed are prompt and completion, messages, text .*, or input_ids"),
+         "has the columns question, answer. Needed are prompt and completion, messages, conversations, text .*, or input_ids"),
         ([{"prompt": "So?", "answer": "No"}], "has a column prompt and none named completion, only prompt, answer"),
         ([{"prompt": "So?", "completion": "No"}, {"prompt": "Why?"}],
          "1 of 2 rows have no completion, the first being row 1, counted from 0"),

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import trl
 import yaml
 
 import deft_plugin
@@ -141,7 +143,12 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"no_such_flag": 1}, "no_such_flag"),
+        ({"no_such_flag": 1}, "deft sft: --no_such_flag is no flag of deft sft."),
+        ({"learnign_rate": -1}, "deft sft: --learnign_rate is no flag of deft sft. Did you mean --learning_rate?"),
+        ({"learnign_rate=1": 1, "usepeft": "a"}, "no flag of deft sft. Did you mean --learning_rate? --usepeft is no flag of deft sft. Did you mean --use_peft?"),
+        ({"resume_from_checkpoint": "true"}, "/out' has no checkpoint. Without the option the run begins anew."),
+        ({"resume_from_checkpoint": "none/checkpoint-2"}, "--resume_from_checkpoint none/checkpoint-2: the folder 'none/checkpoint-2' does not exist. Without the option"),
+        ({"resume_from_checkpoint": str(ROOT)}, f"the folder '{ROOT}' is no whole checkpoint, since it has no trainer_state.json. Without"),
         ({"max_steps": "many"}, "invalid int value: 'many'"),
         ({"config": "none.yaml"}, "none.yaml"),
         ({"model_name_or_path": "./no-such-model"}, "./no-such-model"),
@@ -199,6 +206,9 @@ def test_nothing_is_trained_by_batches_of_none_under_trls_own_loss_either(
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"use_pefft": True}, "deft sft: --config has a key 'use_pefft', which deft sft does not know. Did you mean 'use_peft'?"),
+        ({"loss-kwargs": {}, "qqq": 1}, "key 'loss-kwargs', which deft sft does not know. Did you mean 'loss_kwargs'? --config has a key 'qqq', which deft sft does not know."),
+        ({"resume_from_checkpoint": True}, "/out' has no checkpoint. Without the option the run begins anew."),
         ({"datasets": "data"}, "datasets: 'data' must be a list of mappings, each with path."),
         ({"datasets": ["data"]}, "datasets: ['data'] must be a list of mappings, each with path."),
         ({"datasets": [{"path": 3}]}, "datasets[0].path 3 is no text"),
@@ -366,6 +376,69 @@ def test_a_config_without_its_file_is_told(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.yaml"], "'run.yaml' is neither a flag nor the value of one. Did you mean deft sft --config run.yaml?"),
+        (["model", "--max_steps", "2"], "Did you mean deft sft --config model?"),
+        (["--max_steps", "2", "run.yml"], "Did you mean deft sft --config run.yml?"),
+        (["--max_steps", "2", "3"], "'3' is neither a flag nor the value of one."),
+        (["--config=run.yaml"], "--config=run.yaml needs a space in place of =: --config run.yaml."),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_belongs_to_no_flag_is_told_before_anything_else(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["sft", *arguments])
+    assert refusal.value.code == 2
+    assert last_line(capsys).endswith(message)
+
+
+NO_LOSS_TYPE = "deft sft: --loss_type is not given, so that TRL's own loss is trained, 'nll'. Add --loss_type deft"
+
+
+@pytest.mark.parametrize(
+    ("flag", "in_yaml", "is_told"),
+    [(None, None, True), ("nll", None, False), (None, "nll", False), ("deft", "nll", False)],
+)
+def test_a_loss_that_was_not_asked_for_is_named(
+    flag: str | None,
+    in_yaml: str | None,
+    is_told: bool,
+    run_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # No need to train.
+    trained: list[Any] = []
+    monkeypatch.setattr("trl.scripts.sft.main", lambda *arguments: trained.append(arguments[1]))
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": in_yaml}))
+    cli.main(["sft", "--config", str(path), *flags({"loss_type": flag} if flag else {})])
+    assert (NO_LOSS_TYPE in capsys.readouterr().err) == is_told
+    default = trl.SFTConfig(str(run_directory), use_cpu=True, bf16=False).loss_type
+    assert trained[0].loss_type == (flag or in_yaml or default)
+
+
+@pytest.mark.parametrize("word", ["true", "Yes", True, "checkpoint-1"])
+def test_a_run_goes_on_from_its_last_checkpoint(word: object, run_directory: Path) -> None:
+    values = {**options(run_directory), "loss_type": "deft", "save_steps": 1, "max_steps": 1}
+    cli.main(["sft", *flags(values)])
+    out = run_directory / "out"
+    first = out / "checkpoint-1" / "trainer_state.json"
+    written = first.stat().st_mtime_ns
+    given = str(out / "checkpoint-1") if word == "checkpoint-1" else word
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({"resume_from_checkpoint": given}))
+    cli.main(["sft", *flags({**values, "max_steps": 2}), "--config", str(path)])
+    # Neither made anew, nor from the beginning.
+    assert first.stat().st_mtime_ns == written
+    assert [entry["step"] for entry in logs(run_directory) if "loss" in entry] == [1, 2]
+    assert saved_arguments(run_directory).resume_from_checkpoint == str(out / "checkpoint-1")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
     "fault",
     [OSError("the disk is full"), ValueError("Invalid learning rate: -1.0")],
     ids=["a disk's", "as a setting's"],
@@ -416,6 +489,7 @@ def test_help_has_the_flags_of_trl(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--model_name_or_path", "--loss_type", "--use_peft", "--config"):
         assert flag in text
     assert "Example: deft sft" in text
+    assert "Without one TRL's own 'nll' is trained." in " ".join(text.split())
 
 
 @pytest.mark.slow

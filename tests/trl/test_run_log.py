@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import TrainerCallback
 
 import deft_plugin
 from deft_plugin.report.runs import load_run
+from deft_plugin.run_log import RunLog
 from deft_plugin.trl import SFTTrainer
 from tests.transformers import running as transformers_running
 from tests.trl.running import as_dataset, config, make_trainer
@@ -68,13 +71,67 @@ def test_transformers_own_trainer_keeps_it_too(tmp_path: Path) -> None:
     assert load_run(str(tmp_path)).objective == "alpha (a=1)"
 
 
-def test_a_run_that_begins_anew_leaves_no_old_log(tmp_path: Path) -> None:
+def test_a_run_that_begins_anew_leaves_no_old_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     a_trainer(tmp_path, loss_type="deft").train()
     trainer = a_trainer(tmp_path, loss_type="nll", callbacks=[StopAtStep(2)])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     run = load_run(str(tmp_path))
     assert (run.objective, run.steps) == ("nll", 1)
+    # Of what the other checkpoints are.
+    (told,) = (text for text in caplog.messages if "checkpoints" in text)
+    assert told.startswith(
+        f"The checkpoints in {tmp_path} are of deft, and this run trains with nll."
+    )
+
+
+DEFT = {"loss_type": "deft", "loss_kwargs": {}}
+
+
+@pytest.mark.parametrize(
+    ("written", "own", "others", "told"),
+    [
+        (DEFT, ("deft", {}), {}, None),
+        (DEFT, ("alpha", {"a": 0.25}), {}, "in {out} are of deft, and this run trains with alpha (a=0.25)."),
+        ({"loss_type": "alpha", "loss_kwargs": {"a": 1}}, ("alpha", {}), {}, "are of alpha (a=1), and this run trains with alpha."),
+        ({"loss_type": "f", "loss_kwargs": {"of": repr(torch.exp)}}, ("f", {"of": torch.exp}), {}, None),
+        (DEFT, (None, {}), {}, "are of deft, and this run trains with a loss without a name."),
+        # Another rank; nothing to mix with; a folder elsewhere, to go on from.
+        (DEFT, ("nll", {}), {"rank": 1}, None),
+        (DEFT, ("nll", {}), {"checkpoints": False}, None),
+        (DEFT, ("nll", {}), {"elsewhere": True}, "in {out} are of deft, and this run trains with nll."),
+        (DEFT, ("deft", {}), {"elsewhere": True}, None),
+        # None that this package has written.
+        ([], ("nll", {}), {}, None),
+        ({"loss_type": "deft"}, ("nll", {}), {}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_checkpoints_of_another_objective_are_named(
+    written: Any,
+    own: tuple[str | None, dict[str, Any]],
+    others: dict[str, Any],
+    told: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoint-1").mkdir(parents=True)
+    if not others.get("checkpoints", True):
+        (out / "checkpoint-1").rmdir()
+    (out / "objective.json").write_text(json.dumps(written))
+    elsewhere = others.get("elsewhere", False)
+    args = SimpleNamespace(
+        output_dir=str(tmp_path / "new" if elsewhere else out),
+        resume_from_checkpoint=str(out / "checkpoint-1") if elsewhere else None,
+        should_save=False,
+    )
+    state = SimpleNamespace(is_world_process_zero=not others.get("rank"))
+    RunLog(*own).on_train_begin(args, state, None)
+    assert len(caplog.messages) == (told is not None)
+    assert (told or "").format(out=out) in caplog.text
 
 
 def test_a_checkpoint_without_it_goes_on(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Flags and keys of a YAML file that TRL's parser has no field for, told with the closest that it has.
+
+The parser tells them last, once it has made configurations of all others, which may fail for another reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_CONFIG = "--config"
+_YAML = (".yaml", ".yml")
+# And no negative number.
+_FLAG = re.compile(r"-+[A-Za-z]")
+
+
+def refuse_unknown_names(parser: Any) -> None:
+    """Let `parser`, a TrlParser, raise `ValueError` for unknown flags and keys before it makes anything of the others."""
+    read, take = parser.parse_known_args, parser.set_defaults_with_config
+
+    def read_known(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unread = read(args, namespace)
+        if unread:
+            is_first = args is not None and args[0] == unread[0]
+            raise ValueError(_unread(unread, [*parser._option_string_actions, _CONFIG], is_first))
+        return found, unread
+
+    def take_known(**values: Any) -> list[str]:
+        # Each with a value after it.
+        untaken: list[str] = take(**values)
+        if untaken:
+            keys = [flag.removeprefix("--") for flag in untaken[::2]]
+            raise ValueError(_untaken(keys, [action.dest for action in parser._actions]))
+        return untaken
+
+    parser.parse_known_args, parser.set_defaults_with_config = read_known, take_known
+
+
+def _unread(arguments: Sequence[str], flags: Sequence[str], is_first: bool) -> str:
+    """What is wrong with arguments that the parser has left over; `is_first` where they begin the command line."""
+    first, _, file = arguments[0].partition("=")
+    if first == _CONFIG and file:
+        return f"{arguments[0]} needs a space in place of =: {_CONFIG} {file}."
+    if not _FLAG.match(first):
+        guess = is_first or first.endswith(_YAML)
+        return f"{arguments[0]!r} is neither a flag nor the value of one." + (
+            f" Did you mean deft sft {_CONFIG} {arguments[0]}?" if guess else ""
+        )
+    # Between them are their values.
+    names = [argument.partition("=")[0] for argument in arguments if _FLAG.match(argument)]
+    return " ".join(f"{name} is no flag of deft sft.{_guess(name, flags)}" for name in names)
+
+
+def _untaken(keys: Sequence[str], known: Iterable[str]) -> str:
+    """What is wrong with keys of a YAML file that no field has."""
+    quoted = [repr(name) for name in known]
+    return " ".join(
+        f"{_CONFIG} has a key {key!r}, which deft sft does not know.{_guess(repr(key), quoted)}"
+        for key in keys
+    )
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
