@@ -24,6 +24,7 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from .checks import check_data, data_sets_of
@@ -272,13 +273,20 @@ def _have_prepared_for_training(trainer: Trainer) -> None:
     To accelerate a prepared model is one for training: it would go without DDP, each rank for itself.
     """
     model, accelerator = trainer.model, trainer.accelerator
-    has_ddp = accelerator.multi_device or accelerator.distributed_type == "MULTI_CPU"
-    if not has_ddp or trainer.is_in_train or trainer.model_wrapped is not model:
+    needs_ddp = accelerator.multi_device or accelerator.distributed_type == "MULTI_CPU"
+    if not needs_ddp or trainer.is_in_train or _has_ddp(trainer.model_wrapped):
         return
     # Mixed precision's wrapper, which a second preparation would wrap again.
     extract_model_from_parallel(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False
-    accelerator._models[:] = [each for each in accelerator._models if each is not model]
+    # Or what torch.compile has made of it.
+    prepared = (model, trainer.model_wrapped)
+    accelerator._models[:] = [each for each in accelerator._models if each not in prepared]
+    trainer.model_wrapped = model
+
+
+def _has_ddp(model: nn.Module) -> bool:
+    return any(isinstance(part, DistributedDataParallel) for part in model.modules())
 
 
 @functools.cache
