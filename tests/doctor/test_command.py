@@ -347,7 +347,7 @@ UNTEACHABLE = {
         {"eval_strategy": "steps"},
         "eval_dataset: the column messages holds [] (list), and a list of messages with role and content is needed.",
     ),
-    "another column of text": ({"train": '{"text": "So?"}'}, {"dataset_text_field": "body"}, "train_dataset has the columns text. Needed are prompt and completion, messages, body"),
+    "another column of text": ({"train": '{"text": "So?"}'}, {"dataset_text_field": "body"}, "train_dataset has the columns text. Needed are prompt and completion, messages, conversations, body"),
     "a broken line": ({"train": '{"prompt": "So'}, {}, "--dataset_name {data!r} cannot be read: {data}/train.jsonl, line 1 is no JSON"),
     "an empty file": ({"train": ""}, {}, "--dataset_name {data!r} cannot be read: a file has no rows."),
     "no file": ({}, {}, "{data} doesn't contain any data files"),
