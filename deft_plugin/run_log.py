@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class RunLog(TrainerCallback):
 
     def _as_json(self) -> str:
         objective = {"loss_type": self.loss_type, "loss_kwargs": self.loss_kwargs}
-        return json.dumps(objective, default=repr)
+        return json.dumps(objective, default=_as_text)
 
     def _warn_of_another(self, args: Any) -> None:
         """Name the objective of the checkpoints that this run goes on from, or puts its own beside, where it is another."""
@@ -98,6 +99,11 @@ class RunLog(TrainerCallback):
             if not self._has_failed:
                 logger.warning("The run's log cannot be kept in %s: %s.", folder, error)
             self._has_failed = True
+
+
+def _as_text(value: object) -> str:
+    """Its repr without the address, which another process gives another."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _read_objective(file: Path) -> Any:

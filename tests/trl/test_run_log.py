@@ -96,7 +96,14 @@ DEFT = {"loss_type": "deft", "loss_kwargs": {}}
         (DEFT, ("deft", {}), {}, None),
         (DEFT, ("alpha", {"a": 0.25}), {}, "in {out} are of deft, and this run trains with alpha (a=0.25)."),
         ({"loss_type": "alpha", "loss_kwargs": {"a": 1}}, ("alpha", {}), {}, "are of alpha (a=1), and this run trains with alpha."),
-        ({"loss_type": "f", "loss_kwargs": {"of": repr(torch.exp)}}, ("f", {"of": torch.exp}), {}, None),
+        # With an address that another process has given it.
+        pytest.param(
+            {"loss_type": "f", "loss_kwargs": {"of": "<built-in method exp of type object>"}},
+            ("f", {"of": torch.exp}),
+            {},
+            None,
+            id="a function",
+        ),
         (DEFT, (None, {}), {}, "are of deft, and this run trains with a loss without a name."),
         # Another rank; nothing to mix with; a folder elsewhere, to go on from.
         (DEFT, ("nll", {}), {"rank": 1}, None),
