@@ -261,10 +261,15 @@ def _puts_tokens_first(model: Any) -> bool:
 
 
 def _not_loaded(model: nn.Module, missing: Sequence[str]) -> list[str]:
-    """The parameters among the names that a checkpoint lacks, without those that are tied to others that it has."""
+    """The parameters among the names that a checkpoint lacks, without those that are tied to others, or that none has."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameters[name]) for name in parameters.keys() - {*missing}}
-    return [name for name in missing if name in parameters and id(parameters[name]) not in loaded]
+    never_saved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return [
+        name
+        for name in missing
+        if name in parameters and id(parameters[name]) not in loaded and name not in never_saved
+    ]
 
 
 def _have_prepared_for_training(trainer: Trainer) -> None:
