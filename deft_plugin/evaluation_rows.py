@@ -101,9 +101,7 @@ def _row_count(sampler: Any) -> int | None:
     """How many rows there are in all batches of a sampler; None for one whose batches may be of any size."""
     if type(sampler) is BatchSampler:
         return len(sampler.sampler)  # type: ignore[arg-type]
-    # Axolotl's, of packs, each of which is a row.
-    packs = getattr(sampler, "generate_batches", None)
-    return None if packs is None else sum(map(len, packs()))
+    return getattr(sampler, "row_count", None)
 
 
 @functools.cache

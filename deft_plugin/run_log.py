@@ -70,7 +70,10 @@ class RunLog(TrainerCallback):
 
     def _warn_of_another(self, args: Any) -> None:
         """Name the objective of the checkpoints that this run goes on from, or puts its own beside, where it is another."""
-        own = json.loads(self._as_json())
+        try:
+            own = json.loads(self._as_json())
+        except (TypeError, ValueError):
+            return  # Of parameters that JSON has no keys for, of which writing tells.
         output, resumed = Path(args.output_dir), args.resume_from_checkpoint
         # `trainer.train(FOLDER)` leaves no trace of a folder elsewhere.
         folders = [Path(resumed).parent] if isinstance(resumed, str) else []

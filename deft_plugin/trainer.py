@@ -7,7 +7,7 @@ Around each of Trainer's methods that has to do with the loss, and nothing else:
     compute_loss          no other loss has been set since; the loss of sequences in parts
     get_*_dataloader      evaluations have all rows
     prediction_step       as training_step; logits, where asked for, of a forward pass more
-    _issue_warnings_...   a checkpoint without some of the weights is none to go on from
+    _issue_warnings_...   what a checkpoint without some of the weights leaves as it was
     evaluation_loop, log  the metrics, for `metric_for_best_model` and the log
 
 TRL's, Axolotl's and transformers' own trainers get it by inheritance, before their class among the bases.
@@ -186,9 +186,10 @@ class GatedTrainerMixin(Trainer):
                 return predict(inputs, prediction_loss_only)
         # Before the loss, for which accelerate cuts sequences, labels too, into parts in place.
         _, logits, _ = predict(without_labels(inputs), False)
-        if isinstance(logits, tuple) and ignore_keys is None:
-            # After them, some multi-modal models have an image's features, which cannot be gathered.
-            logits = logits[0]
+        if isinstance(logits, tuple):
+            # Of multi-modal models, the features of images: an output of its own, which cannot be gathered.
+            kept = tuple(value for value in logits if not isinstance(value, Mapping))
+            logits = kept[0] if len(kept) == 1 else kept
         labels = self._prepare_input(labels.clone())
         with scoring:
             loss, _, _ = predict(inputs, True)
@@ -230,22 +231,17 @@ class GatedTrainerMixin(Trainer):
         if self._gating is None:
             return
         missing = _not_loaded(self.model, load_result.missing_keys)
-        if not missing:
-            return
-        what = (
-            f"The checkpoint lacks {len(missing):,} of the model's weights ({missing[0]}, ...): transformers saves those of "
-            "this model under other names than it loads here."
-        )
-        if self._loads_best:
-            # The steps are made, and a script may save them yet.
+        if missing:
+            # Not a refusal: the model may be the checkpoint's already.
             logger.warning(
-                "%s The model is not the best one. Load that with from_pretrained.", what
+                "The checkpoint lacks %s of the weights that train (%s, ...): transformers saves this model's under other names "
+                "than it loads here. %s",
+                f"{len(missing):,}",
+                missing[0],
+                "They are those of the last step, not the best ones. Load these with from_pretrained(CHECKPOINT)."
+                if self._loads_best
+                else "They stay as the model was given: give it that of from_pretrained(CHECKPOINT), or train an adapter.",
             )
-            return
-        raise ValueError(
-            f"{what} Training would go on from others. Give a new trainer the model of from_pretrained(CHECKPOINT), or train an "
-            "adapter, whose checkpoints it can resume from."
-        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._gating is not None:
@@ -261,14 +257,12 @@ def _puts_tokens_first(model: Any) -> bool:
 
 
 def _not_loaded(model: nn.Module, missing: Sequence[str]) -> list[str]:
-    """The parameters among the names that a checkpoint lacks, without those that are tied to others, or that none has."""
+    """The names that a checkpoint lacks of parameters that train and are not tied to others that it has."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameters[name]) for name in parameters.keys() - {*missing}}
-    never_saved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    lacking = {name: parameters[name] for name in missing if name in parameters}
     return [
-        name
-        for name in missing
-        if name in parameters and id(parameters[name]) not in loaded and name not in never_saved
+        name for name, value in lacking.items() if value.requires_grad and id(value) not in loaded
     ]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 from axolotl.core.trainers import AxolotlTrainer
 from axolotl.utils.samplers import MultipackBatchSampler
+from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from ..head import GatedCausalLMOutput
@@ -27,6 +28,30 @@ class _PerplexityOfTokens(Trainer):
             for prefix in ("", "eval_"):
                 _replace(logs, f"{prefix}ppl", f"{prefix}perplexity")
         super().log(logs, start_time)
+
+
+class _AllPacks(BatchSampler):
+    """The packs of Axolotl's sampler, which drops those that do not fill a batch of every rank.
+
+    Args:
+        sampler: in the data set's order, so that all ranks have the same packs.
+
+    Attributes:
+        row_count: number of packs, each of which is a row.
+    """
+
+    def __init__(self, sampler: MultipackBatchSampler) -> None:
+        super().__init__(sampler.sampler, sampler.batch_size, drop_last=False)
+        sampler.drop_last, sampler._batches = False, None
+        self._packs = sampler.generate_batches()
+        self.row_count = sum(map(len, self._packs))
+
+    def __iter__(self) -> Iterator[Any]:
+        # accelerate fills the last one up in place.
+        return (list(batch) for batch in self._packs)
+
+    def __len__(self) -> int:
+        return len(self._packs)
 
 
 def _replace(logs: dict[str, float], name: str, source: str) -> None:
@@ -70,13 +95,7 @@ class DEFTTrainer(GatedTrainerMixin, AxolotlTrainer, _PerplexityOfTokens):
 
     def _get_eval_sampler(self, eval_dataset: Any = None) -> Any:
         sampler = super()._get_eval_sampler(eval_dataset)
-        if isinstance(sampler, MultipackBatchSampler):
-            # Axolotl drops packs that do not fill a batch of every rank.
-            sampler.drop_last = False
-            sampler._batches = sampler._len_across_ranks = None
-            # As Axolotl does at once: the ranks agree on it.
-            len(sampler)
-        return sampler
+        return _AllPacks(sampler) if isinstance(sampler, MultipackBatchSampler) else sampler
 
     def check_batches(self, batches: Sequence[Any]) -> None:
         """Nothing to check: Axolotl's own context parallelism pads sequences before it cuts them."""

@@ -81,7 +81,7 @@ def _unknown_trl_keys(values: Mapping[str, Any], parser: Any) -> Iterator[str]:
         if key not in {*known, "env"}:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.75)
             guess = f" Did you mean {close[0]!r}?" if close else ""
-            yield f"unknown key {key!r}, which `trl sft` refuses.{guess}"
+            yield f"unknown key {key!r}, which `deft sft` refuses.{guess}"
 
 
 def _parse(parser: Any, options: list[str]) -> Arguments:
@@ -111,7 +111,11 @@ def _trl_problems(arguments: Arguments, loss_type: Any) -> list[str]:
     training = arguments.training
     try:
         with quiet(), contextlib.redirect_stderr(io.StringIO()):
-            problems = [*find_mistakes(arguments), *data_problems(arguments)]
+            problems = [
+                *find_mistakes(arguments),
+                *_resumption_problems(training),
+                *data_problems(arguments),
+            ]
             if objective_of(training) is None:
                 return problems
             return [
@@ -121,6 +125,17 @@ def _trl_problems(arguments: Arguments, loss_type: Any) -> list[str]:
             ]
     except Exception as error:
         return [str(error)]
+
+
+def _resumption_problems(training: Any) -> list[str]:
+    """What `deft sft` would refuse in the checkpoint that it is to go on from."""
+    from ..trl.resumption import find_checkpoint
+
+    try:
+        find_checkpoint(training)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _not_looked_at(arguments: Arguments) -> str:

@@ -19,17 +19,19 @@ def data_problems(arguments: Arguments) -> list[str]:
     script, training = arguments.script, arguments.training
     if not is_folder_here(arguments):
         return []
+    splits = {"train_dataset": script.dataset_train_split}
+    if training.eval_strategy != "no":
+        splits["eval_dataset"] = script.dataset_test_split
     try:
         parts = load_dataset(script.dataset_name, name=script.dataset_config, streaming=True)
-        for part in parts.values():
-            next(iter(part))
+        for split, part in parts.items():
+            # A stream reads those that it is asked for alone.
+            if not script.dataset_streaming or split in splits.values():
+                next(iter(part))
     except OSError as error:
         return [str(error)]
     except Exception as error:
         return [unreadable(error, arguments)]
-    splits = {"train_dataset": script.dataset_train_split}
-    if training.eval_strategy != "no":
-        splits["eval_dataset"] = script.dataset_test_split
     missing = [split for split in splits.values() if split not in parts]
     if missing:
         return [without_split(split, arguments) for split in missing]

@@ -118,7 +118,9 @@ def _check_conflicts(
     _check_collator(arguments.get("data_collator"))
     for name in ("train_dataset", "eval_dataset"):
         check_rows(name, arguments.get(name))
-        _check_labels(name, arguments.get(name), arguments.get("data_collator"))
+        # A subclass's own loader may make other columns.
+        if trainer_class.get_train_dataloader is Trainer.get_train_dataloader:  # type: ignore[attr-defined]
+            _check_labels(name, arguments.get(name), arguments.get("data_collator"))
 
 
 def _check_collator(collator: Any) -> None:

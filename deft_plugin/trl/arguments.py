@@ -36,13 +36,11 @@ class Arguments(NamedTuple):
 
 
 def check_arguments(arguments: Arguments) -> None:
-    """Raise `ValueError` where there is no model, no data set, or something is wrong with a name."""
+    """Raise `ValueError` where there is no model, or something is wrong with what is given."""
     for mistake in find_mistakes(arguments):
         raise ValueError(mistake)
     if not arguments.model.model_name_or_path:
         raise ValueError(f"--model_name_or_path is missing. {NEEDED}")
-    if not arguments.script.dataset_name and not arguments.mixture.datasets:
-        raise ValueError(f"--dataset_name is missing. {NEEDED}")
     _check_chat_template(arguments.training.chat_template_path)
 
 
@@ -57,7 +55,8 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
         ("--dataset_test_split", script.dataset_test_split),
         *((f"datasets[{i}].path", each.path) for i, each in enumerate(arguments.mixture.datasets)),
     ):
-        if name is not None and not isinstance(name, str):
+        may_be_none = not option.endswith("_split")
+        if not isinstance(name, str) and not (name is None and may_be_none):
             yield f"{option} {name!r} is no text."
         elif name and name.startswith("~"):
             yield f"{option} {name!r}: {TILDE}."
@@ -70,6 +69,8 @@ def find_mistakes(arguments: Arguments) -> Iterator[str]:
     if not 0 < training.learning_rate < math.inf:
         yield f"learning_rate={training.learning_rate!r} must be a finite number above 0: nothing would be trained."
     yield from _unknown_metric(training)
+    if not script.dataset_name and not arguments.mixture.datasets:
+        yield f"--dataset_name is missing. {NEEDED}"
 
 
 def remedy_without_gpu(error: BaseException, *, in_yaml: bool) -> str:

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 # As YAML has them, and flags; any other text is a folder.
 _LAST = ("true", "yes")
-_NONE = ("none", "false", "no")
+_NONE = ("none", "null", "false", "no")
 
 
 def find_checkpoint(training: Any) -> str | None:
@@ -26,6 +26,10 @@ def find_checkpoint(training: Any) -> str | None:
     given = str(training.resume_from_checkpoint)
     if given.lower() in _NONE:
         return None
+    if not given.strip():
+        raise ValueError(
+            "--resume_from_checkpoint is empty. Name a checkpoint's folder, or true for the last in output_dir, or leave it out."
+        )
     is_last = given.lower() in _LAST
     named = str(training.output_dir) if is_last else given
     last = get_last_checkpoint(named) if Path(named).is_dir() else None

@@ -12,6 +12,12 @@ from typing import Any
 
 _CONFIG = "--config"
 _YAML = (".yaml", ".yml")
+# What `trl sft` hands on to accelerate.
+_OF_LAUNCHER = ("num_processes", "accelerate_config")
+_LAUNCHERS = (
+    "is for accelerate, and deft sft starts one process. Leave it out; for several there is accelerate launch --num_processes N "
+    "-m deft_plugin.trl.sft --config FILE."
+)
 # And no negative number.
 _FLAG = re.compile(r"-+[A-Za-z]")
 
@@ -41,8 +47,12 @@ def refuse_unknown_names(parser: Any) -> None:
 def _unread(arguments: Sequence[str], flags: Sequence[str], is_first: bool) -> str:
     """What is wrong with arguments that the parser has left over; `is_first` where they begin the command line."""
     first, _, file = arguments[0].partition("=")
-    if first == _CONFIG and file:
-        return f"{arguments[0]} needs a space in place of =: {_CONFIG} {file}."
+    if first == _CONFIG:
+        return (
+            f"{arguments[0]} needs a space in place of =: {_CONFIG} {file}."
+            if file
+            else f"{_CONFIG} is given twice, and one file can be."
+        )
     if not _FLAG.match(first):
         guess = is_first or first.endswith(_YAML)
         return f"{arguments[0]!r} is neither a flag nor the value of one." + (
@@ -50,14 +60,21 @@ def _unread(arguments: Sequence[str], flags: Sequence[str], is_first: bool) -> s
         )
     # Between them are their values.
     names = [argument.partition("=")[0] for argument in arguments if _FLAG.match(argument)]
-    return " ".join(f"{name} is no flag of deft sft.{_guess(name, flags)}" for name in names)
+    return " ".join(
+        f"{name} {_LAUNCHERS}"
+        if name.lstrip("-").replace("-", "_") in _OF_LAUNCHER
+        else f"{name} is no flag of deft sft.{_guess(name, flags)}"
+        for name in names
+    )
 
 
 def _untaken(keys: Sequence[str], known: Iterable[str]) -> str:
     """What is wrong with keys of a YAML file that no field has."""
     quoted = [repr(name) for name in known]
     return " ".join(
-        f"{_CONFIG} has a key {key!r}, which deft sft does not know.{_guess(repr(key), quoted)}"
+        f"{_CONFIG}: {key} {_LAUNCHERS}"
+        if key in _OF_LAUNCHER
+        else f"{_CONFIG} has a key {key!r}, which deft sft does not know.{_guess(repr(key), quoted)}"
         for key in keys
     )
 

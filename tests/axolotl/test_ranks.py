@@ -137,9 +137,9 @@ def test_two_ranks_log_what_one_process_logs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("eval_packing", [False, True], ids=["rows", "packs"])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 9), (2, 9), (8, 9), (2, 1)])
 def test_an_evaluation_beside_packed_training_has_every_row(
-    base_model: Path, tmp_path: Path, eval_packing: bool, batch_size: int
+    base_model: Path, tmp_path: Path, eval_packing: bool, batch_size: int, count: int
 ) -> None:
     """Axolotl drops the last batch, of rows or of packs, where it is not a whole one for every rank."""
 
@@ -150,7 +150,7 @@ def test_an_evaluation_beside_packed_training_has_every_row(
             for row, length in zip(rows, lengths, strict=True)
         ]
 
-    eval_rows = make_rows(9, seed=9)
+    eval_rows = make_rows(count, seed=9)
     alone = make_trainer(
         configuration(base_model, tmp_path, **{**EVAL, "eval_batch_size": 9}),
         make_rows(4),
@@ -164,7 +164,8 @@ def test_an_evaluation_beside_packed_training_has_every_row(
         "sample_packing": True,
         "eval_sample_packing": eval_packing,
         "attn_implementation": "sdpa",
-        "micro_batch_size": 1,
+        # Packs a batch.
+        "micro_batch_size": min(batch_size, 2),
         "eval_batch_size": batch_size,
         # The weights stay as they are.
         "learning_rate": 0.0,

@@ -375,6 +375,40 @@ def test_data_in_a_folder_are_refused_as_the_command_refuses_them(
     assert error in capsys.readouterr().err
 
 
+def test_a_stream_reads_the_splits_that_it_needs_alone(tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data", train=PAIR, test="")
+    own = {**TRL, "model_name_or_path": str(tmp_path), "dataset_name": str(data)}
+    own |= {"output_dir": str(tmp_path), "loss_type": "deft", "eval_strategy": "no"}
+    (error,) = errors_of(tmp_path / "run.yaml", **own)
+    assert "a file has no rows" in error
+    assert not errors_of(tmp_path / "run.yaml", **own, dataset_streaming=True)
+    own |= {"eval_strategy": "epoch", "dataset_streaming": True}
+    (error,) = errors_of(tmp_path / "run.yaml", **own)
+    assert "a file has no rows" in error
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset_name": None}, "--dataset_name is missing."),
+        ({"resume_from_checkpoint": "nowhere"}, "the folder 'nowhere' does not exist."),
+        ({"dataset_test_split": None}, "--dataset_test_split None is no text."),
+        ({"num_processes": 2}, "unknown key 'num_processes', which `deft sft` refuses."),
+    ],
+    ids=str,
+)
+def test_what_the_command_refuses_before_it_loads_anything(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    data = save_data(tmp_path / "data", train=PAIR, test=PAIR)
+    own = {**TRL, "model_name_or_path": str(tmp_path), "dataset_name": str(data)}
+    own |= {"output_dir": str(tmp_path), "loss_type": "deft", **keys}
+    (error,) = errors_of(tmp_path / "run.yaml", **own)
+    assert message in error
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(tmp_path / "run.yaml")])
+
+
 @pytest.mark.parametrize(
     "keys",
     [

@@ -145,6 +145,9 @@ def test_collators_that_make_other_labels_or_none(tmp_path: Path) -> None:
     for collator in (None, *padding, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)):
         with pytest.raises(ValueError, match=message):
             make_trainer(arguments(tmp_path), texts, data_collator=collator)
+    # A subclass may make tokens where it makes its loader.
+    own = type("Own", (GatedTrainer,), {"get_train_dataloader": lambda self: None})
+    make_trainer(arguments(tmp_path), texts, trainer_class=own)
     # As the message says.
     labels = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
     trainer = make_trainer(arguments(tmp_path), tokens, data_collator=labels)

@@ -13,11 +13,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, EvalPrediction
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 
+from deft_plugin import GatedTrainer
 from deft_plugin import trainer as trainer_module
 from deft_plugin.metrics import METRICS
 from tests.formula_metrics import formula_metrics
+from tests.tiny import tiny_model
 from tests.transformers.running import arguments, make_trainer
 from tests.updates import Rows, formula_mean, label_logits, logged, make_rows, qwen3
 
@@ -94,6 +96,21 @@ def test_figures_of_an_evaluation_do_not_depend_on_its_batches(
             assert metrics_of(figures, prefix) == pytest.approx(expected, rel=1e-9)
         if batch_size == 8:
             assert returned[f"{prefix}loss"] == pytest.approx(expected["objective_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "hidden states"])
+def test_predictions_are_those_of_transformers_own_trainer(tmp_path: Path, kind: str) -> None:
+    """With a mixture's auxiliary loss before the logits, and its router's after them; and hidden states, where asked for."""
+    predictions = []
+    for trainer_class in (Trainer, GatedTrainer):
+        model = tiny_model("qwen3_moe" if kind == "qwen3_moe" else "qwen3").double()
+        model.config.output_router_logits = kind == "qwen3_moe"
+        model.config.output_hidden_states = kind == "hidden states"
+        trainer = make_trainer(arguments(tmp_path), None, model, trainer_class)
+        predictions.append(trainer.predict(make_rows(3, shortest=8, longest=8)).predictions)
+    own, gated = predictions
+    assert len(gated) == len(own) > 1
+    torch.testing.assert_close(gated, own)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])

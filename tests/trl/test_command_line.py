@@ -8,7 +8,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 import trl
 import yaml
 
-import deft_plugin
 from deft_plugin import cli
 from deft_plugin.trl.config import HAS_FUSED_HEAD
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -26,8 +24,11 @@ from tests.tiny import tiny_model, tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 
 
+pytestmark = pytest.mark.usefixtures("trl_as_it_was")
+
+
 @pytest.fixture
-def run_directory(tmp_path: Path) -> Iterator[Path]:
+def run_directory(tmp_path: Path) -> Path:
     """A directory with a model in `model`, a data set in `data`, and nothing else."""
     tiny_model("qwen3", initializer_range=0.08).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -36,8 +37,7 @@ def run_directory(tmp_path: Path) -> Iterator[Path]:
     for split in ("train", "test"):
         lines = "\n".join(json.dumps(pair) for pair in pairs)
         (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
-    yield tmp_path
-    deft_plugin.unregister()
+    return tmp_path
 
 
 def options(directory: Path) -> dict[str, object]:
@@ -133,6 +133,14 @@ def test_unknown_loss_type_in_yaml_names_the_choices(
     assert re.search(r"loss_type='deftt'.*cayley_trans", last_line(capsys))
 
 
+def test_a_second_yaml_file(run_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = run_directory / "run.yaml"
+    path.write_text(yaml.safe_dump({**options(run_directory), "loss_type": "deft"}))
+    with pytest.raises(SystemExit):
+        cli.main(["sft", "--config", str(path), "--config", str(path)])
+    assert last_line(capsys) == "deft sft: --config is given twice, and one file can be."
+
+
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     """Of stderr, which begins with the command."""
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -143,6 +151,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"num-processes": 2}, "deft sft: --num-processes is for accelerate, and deft sft starts one process."),
         ({"no_such_flag": 1}, "deft sft: --no_such_flag is no flag of deft sft."),
         ({"learnign_rate": -1}, "deft sft: --learnign_rate is no flag of deft sft. Did you mean --learning_rate?"),
         ({"learnign_rate=1": 1, "usepeft": "a"}, "no flag of deft sft. Did you mean --learning_rate? --usepeft is no flag of deft sft. Did you mean --use_peft?"),
@@ -206,6 +215,7 @@ def test_nothing_is_trained_by_batches_of_none_under_trls_own_loss_either(
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"num_processes": 2}, "deft sft: --config: num_processes is for accelerate, and deft sft starts one process."),
         ({"use_pefft": True}, "deft sft: --config has a key 'use_pefft', which deft sft does not know. Did you mean 'use_peft'?"),
         ({"loss-kwargs": {}, "qqq": 1}, "key 'loss-kwargs', which deft sft does not know. Did you mean 'loss_kwargs'? --config has a key 'qqq', which deft sft does not know."),
         ({"resume_from_checkpoint": True}, "/out' has no checkpoint. Without the option the run begins anew."),

@@ -37,6 +37,12 @@ def test_the_last_checkpoint_a_named_one_or_none(out: Path) -> None:
         assert find(out, word) is None
 
 
+def test_an_empty_name_is_neither_none_nor_a_folder(out: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--resume_from_checkpoint is empty\."):
+        find(out, "")
+    assert find(out, "null") is None
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

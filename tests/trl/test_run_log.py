@@ -141,6 +141,12 @@ def test_checkpoints_of_another_objective_are_named(
     assert (told or "").format(out=out) in caplog.text
 
 
+def test_parameters_that_json_cannot_have_stop_no_training(tmp_path: Path) -> None:
+    args = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=None, should_save=False)
+    state = SimpleNamespace(is_world_process_zero=True)
+    RunLog("own", {"of": {(1, 2): 3}}).on_train_begin(args, state, None)
+
+
 def test_a_checkpoint_without_it_goes_on(tmp_path: Path) -> None:
     """One of TRL's own trainers, as it was before this package."""
     a_trainer(tmp_path, loss_type="deft").train()
