@@ -187,8 +187,8 @@ class GatedTrainerMixin(Trainer):
         # Before the loss, for which accelerate cuts sequences, labels too, into parts in place.
         _, logits, _ = predict(without_labels(inputs), False)
         if isinstance(logits, tuple):
-            # Of multi-modal models, the features of images: an output of its own, which cannot be gathered.
-            kept = tuple(value for value in logits if not isinstance(value, Mapping))
+            # Not what cannot be gathered: multi-modal models' features of images, an output of their own, and caches.
+            kept = tuple(value for value in logits if isinstance(value, Tensor | tuple | list))
             logits = kept[0] if len(kept) == 1 else kept
         labels = self._prepare_input(labels.clone())
         with scoring:
