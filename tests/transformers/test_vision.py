@@ -60,7 +60,7 @@ def test_a_checkpoint_whose_weights_have_other_names_is_told(
     assert re.search(f"{message}.* They stay as the model was given", caplog.text)
 
 
-def test_predictions_are_logits_without_the_features_of_images(tmp_path: Path, saved: Path) -> None:
+def test_predictions_beside_images_are_gathered(tmp_path: Path, saved: Path) -> None:
     """The model's output has these too, with fields that are None, which accelerate cannot gather."""
     processor = AutoProcessor.from_pretrained(saved)
     model = AutoModelForImageTextToText.from_pretrained(saved).eval()
@@ -98,8 +98,10 @@ def test_predictions_are_logits_without_the_features_of_images(tmp_path: Path, s
     with torch.no_grad():
         logits = model(**inputs).logits
     (prediction,) = seen
-    assert isinstance(prediction.predictions, np.ndarray)
-    assert torch.from_numpy(prediction.predictions) == pytest.approx(logits, abs=1e-5)
+    predicted = prediction.predictions
+    # transformers 5.16 has the features as a tensor, which can be gathered.
+    predicted = predicted[0] if isinstance(predicted, tuple) else predicted
+    torch.testing.assert_close(torch.from_numpy(predicted), logits, rtol=0, atol=1e-5)
     scored = labels[:, 1:] != -100
     expected = formula_metrics(logits[:, :-1][scored], labels[:, 1:][scored], "deft")
     assert metrics_of(returned, "eval_") == pytest.approx(expected, rel=1e-4)
