@@ -99,9 +99,8 @@ def _as_the_users(error: Exception, arguments: Arguments) -> str | None:
         return None
     modules = [str(frame.f_globals.get("__name__")) for frame in frames]
     raiser = modules[-1]
-    if isinstance(error, StopIteration) and raiser.startswith("datasets."):
-        return unreadable(error, arguments)
-    if isinstance(error, DatasetsError) and not isinstance(error, OSError):
+    has_no_rows = isinstance(error, StopIteration) and raiser.startswith("datasets.")
+    if has_no_rows or (isinstance(error, DatasetsError) and not isinstance(error, OSError)):
         return unreadable(error, arguments)
     if isinstance(error, KeyError) and frames[-1].f_code.co_name in ("__getitem__", "main"):
         splits = (arguments.script.dataset_train_split, arguments.script.dataset_test_split)
